@@ -1,0 +1,81 @@
+"""enban: virtual disks for Python.
+
+    with enban.open("disk.qcow2", writable=True) as disk:
+        disk.pwrite(b"hello", 4096)
+
+The public API is this page (blocking) and `enban.aio` (asyncio, the same names). Below it,
+each layer imports only what stands lower:
+
+    cli                                   the command
+    aio
+    jobs, exports                         work on whole disks; how others reach a disk
+    catalog                               the table of drivers, the opener
+    storage, formats, filters             where bytes rest; how they are arranged; what happens between
+    block                                 the engine: contracts, door, requests, locks, mover
+    wire                                  pure bytes
+    units, extent                         sizes and offsets; where bytes live
+    errors                                what can go wrong
+"""
+
+from __future__ import annotations
+
+from .block.disk import Disk
+from .block.gate import CLOSED, SIBLINGS, TRUSTED, Gate
+from .errors import EnbanError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import os
+    from typing import Any
+
+__version__ = "0.1.0"
+
+__all__ = ["CLOSED", "SIBLINGS", "TRUSTED", "Disk", "EnbanError", "Gate", "__version__", "open"]
+
+
+def open(
+    path: str | os.PathLike[str] | dict[str, Any],
+    *,
+    writable: bool = False,
+    format: str = "",
+    backing: bool = True,
+    cache: str = "writeback",
+    gate: Gate = SIBLINGS,
+    force_share: bool = False,
+) -> Disk:
+    """Open a disk image and everything below it.
+
+    path: a file, a URI, a `json:{...}` string, or a dictionary of image options.
+    writable: for reading and writing; otherwise nothing is ever written.
+    format: the driver's name; "" finds it out from the content.
+    backing: False opens the image alone, without what its unallocated clusters show.
+    cache: "writeback", "none" (O_DIRECT), "writethrough", "directsync" or "unsafe".
+    gate: which files named inside images may be opened: `SIBLINGS` (plain relative names at or
+        below the image's directory), `TRUSTED` (all) or `CLOSED` (none).
+    force_share: read an image although another process has it open for writing.
+
+    Raises HostError (LockedError, ...), ImageError, UsageError (GateError, ...).
+    """
+    from os import fspath
+
+    from .block.runtime import BLOCKING, drive
+    from .catalog import open_door
+    from .errors import UsageError
+
+    if force_share and writable:
+        raise UsageError("force_share is for reading only")
+    reference = path if isinstance(path, dict) else fspath(path)
+    return Disk(
+        drive(
+            open_door(
+                reference,
+                BLOCKING,
+                format=format,
+                writable=writable,
+                backing=backing,
+                cache=cache,
+                gate=gate,
+                lock=not force_share,
+            )
+        )
+    )

@@ -1,0 +1,222 @@
+"""The asyncio face: the names of `enban`, as coroutines.
+
+    async with await enban.aio.open("disk.qcow2", writable=True) as disk:
+        await disk.pwrite(b"hello", 4096)
+
+It drives the same engine as the blocking face. What is in memory or in the page cache is
+answered in line; a host call that may wait runs in a small thread pool. Cancelling a task
+cancels its request: the request ends when host calls already under way have ended, its
+locks are free then, and each unit of a cancelled write holds its old or its new bytes.
+A disk belongs to the event loop it was opened in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from os import fspath
+
+from .block.gate import SIBLINGS, Gate
+from .catalog import open_door
+from .errors import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import os
+    from collections.abc import AsyncIterator, Callable, Coroutine
+    from types import TracebackType
+    from typing import Any, TypeVar, TypeVarTuple
+
+    from .block.door import Door
+    from .block.node import Node
+    from .block.storage import ReadBuffer, WriteBuffer
+    from .extent import Extent
+
+    T = TypeVar("T")
+    Ts = TypeVarTuple("Ts")
+
+__all__ = ["AsyncDisk", "AsyncioRuntime", "open"]
+
+
+class FutureWaiter:
+    __slots__ = ("_future",)
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._future: asyncio.Future[None] = loop.create_future()
+
+    def set(self) -> None:
+        if not self._future.done():
+            self._future.set_result(None)
+
+    async def wait(self) -> None:
+        await self._future
+
+
+class AsyncioRuntime:
+    """Waits suspend the task. Host calls that may block run in `threads` threads of its own."""
+
+    blocking = False
+
+    def __init__(self, threads: int = 16) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="enban-io")
+
+    def waiter(self) -> FutureWaiter:
+        return FutureWaiter(self._loop)
+
+    async def offload(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
+        return await _to_the_end(self._loop.run_in_executor(self._pool, call, *args))
+
+    async def finish(self, work: Coroutine[Any, Any, T]) -> T:
+        return await _to_the_end(self._loop.create_task(work))
+
+    def close(self) -> None:
+        """Let the threads end; they have nothing to do when every disk of the runtime is closed."""
+        self._pool.shutdown(wait=False)
+
+
+async def _to_the_end(work: asyncio.Future[T]) -> T:
+    """The result of `work`. A cancellation is raised only when it has ended."""
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        while not work.done():
+            try:
+                await asyncio.wait([work])
+            except asyncio.CancelledError:  # asked again: the answer stays the same
+                continue
+        if not work.cancelled():
+            work.exception()  # taken note of; the cancellation is what the caller sees
+        raise
+
+
+class AsyncDisk:
+    """A virtual disk for asyncio. Offsets and lengths are in bytes and need no alignment.
+
+    Made by `enban.aio.open`. Any number of tasks may have requests in flight.
+    """
+
+    __slots__ = ("_runtime", "door")
+
+    def __init__(self, door: Door, runtime: AsyncioRuntime | None = None) -> None:
+        self.door = door
+        self._runtime = runtime  # ours to close, if given
+
+    @property
+    def node(self) -> Node:
+        return self.door.node
+
+    @property
+    def size(self) -> int:
+        """Virtual size in bytes."""
+        return self.door.node.size
+
+    @property
+    def format(self) -> str:
+        """Name of the format driver."""
+        return self.door.node.format
+
+    @property
+    def name(self) -> str:
+        """The path or URI it was opened by."""
+        return self.door.node.name
+
+    @property
+    def writable(self) -> bool:
+        return self.door.writable
+
+    async def pread(self, length: int, offset: int) -> bytes:
+        """`length` bytes from `offset`. Raises OutOfRangeError past the end, HostError, ImageError."""
+        self.door.check(offset, length)
+        buffer = bytearray(length)
+        await self.door.read_into(buffer, offset)
+        return bytes(buffer)
+
+    async def readinto(self, buffer: WriteBuffer, offset: int) -> int:
+        """Fill `buffer` from `offset`; its length in bytes is returned."""
+        await self.door.read_into(buffer, offset)
+        return memoryview(buffer).nbytes
+
+    async def pwrite(self, data: ReadBuffer, offset: int, *, fua: bool = False) -> int:
+        """Write all of `data` at `offset`; with `fua` it is durable on return. Returns its length.
+
+        `data` must not change until then.
+        """
+        await self.door.write(data, offset, fua=fua)
+        return memoryview(data).nbytes
+
+    async def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
+        """Make a range read as zeros; with `unmap` its space may be given back."""
+        await self.door.write_zeroes(offset, length, unmap=unmap)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """The range is not needed: whole units in it may be given back and then read as zeros."""
+        await self.door.discard(offset, length)
+
+    async def flush(self) -> None:
+        """Return once everything written so far is durable."""
+        await self.door.flush()
+
+    async def map(self, offset: int = 0, length: int | None = None) -> AsyncIterator[Extent]:
+        """The extents of a range, in order and without gaps, each answered by the layer that has it."""
+        end = self.size if length is None else offset + length
+        self.door.check(offset, end - offset)
+        while offset < end:
+            extent = await self.door.extent(offset, end - offset)
+            yield extent
+            offset += extent.length
+
+    async def resize(self, size: int, *, preallocation: str = "off") -> None:
+        """Set the virtual size in bytes. Bytes beyond a smaller size are lost; new ones read as zeros."""
+        await self.door.resize(size, preallocation=preallocation)
+
+    async def close(self) -> None:
+        """Let requests in flight end, write out what is in memory, release the files."""
+        try:
+            await self.door.close()
+        finally:
+            if self._runtime is not None:
+                self._runtime.close()
+
+    async def __aenter__(self) -> AsyncDisk:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.door.closed else ("rw" if self.writable else "ro")
+        return f"<AsyncDisk {self.name!r} {self.format} {self.size} bytes {state}>"
+
+
+async def open(
+    path: str | os.PathLike[str] | dict[str, Any],
+    *,
+    writable: bool = False,
+    format: str = "",
+    backing: bool = True,
+    cache: str = "writeback",
+    gate: Gate = SIBLINGS,
+    force_share: bool = False,
+) -> AsyncDisk:
+    """Open a disk image and everything below it; parameters and errors as for `enban.open`."""
+    if force_share and writable:
+        raise UsageError("force_share is for reading only")
+    runtime = AsyncioRuntime()
+    try:
+        door = await open_door(
+            path if isinstance(path, dict) else fspath(path),
+            runtime,
+            format=format,
+            writable=writable,
+            backing=backing,
+            cache=cache,
+            gate=gate,
+            lock=not force_share,
+        )
+    except BaseException:
+        runtime.close()
+        raise
+    return AsyncDisk(door, runtime)

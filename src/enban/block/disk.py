@@ -1,0 +1,122 @@
+"""The blocking face of a disk: plain calls, safe from many threads."""
+
+from __future__ import annotations
+
+from ..errors import UsageError
+from .runtime import drive
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    from ..extent import Extent
+    from .door import Door
+    from .node import Node
+    from .storage import ReadBuffer, WriteBuffer
+    from .stream import DiskStream
+
+
+class Disk:
+    """A virtual disk. Offsets and lengths are in bytes and need no alignment.
+
+    Made by `enban.open`. Use it in a `with` statement, or call `close`: it writes out what
+    is still in memory and raises if that fails.
+    """
+
+    __slots__ = ("door",)
+
+    def __init__(self, door: Door) -> None:
+        self.door = door
+
+    @property
+    def node(self) -> Node:
+        return self.door.node
+
+    @property
+    def size(self) -> int:
+        """Virtual size in bytes."""
+        return self.door.node.size
+
+    @property
+    def format(self) -> str:
+        """Name of the format driver."""
+        return self.door.node.format
+
+    @property
+    def name(self) -> str:
+        """The path or URI it was opened by."""
+        return self.door.node.name
+
+    @property
+    def writable(self) -> bool:
+        return self.door.writable
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """`length` bytes from `offset`. Raises OutOfRangeError past the end, HostError, ImageError."""
+        self.door.check(offset, length)
+        buffer = bytearray(length)
+        drive(self.door.read_into(buffer, offset))
+        return bytes(buffer)
+
+    def readinto(self, buffer: WriteBuffer, offset: int) -> int:
+        """Fill `buffer` from `offset`; its length in bytes is returned."""
+        drive(self.door.read_into(buffer, offset))
+        return memoryview(buffer).nbytes
+
+    def pwrite(self, data: ReadBuffer, offset: int, *, fua: bool = False) -> int:
+        """Write all of `data` at `offset`; with `fua` it is durable on return. Returns its length."""
+        drive(self.door.write(data, offset, fua=fua))
+        return memoryview(data).nbytes
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
+        """Make a range read as zeros; with `unmap` its space may be given back."""
+        drive(self.door.write_zeroes(offset, length, unmap=unmap))
+
+    def discard(self, offset: int, length: int) -> None:
+        """The range is not needed: whole units in it may be given back and then read as zeros."""
+        drive(self.door.discard(offset, length))
+
+    def flush(self) -> None:
+        """Return once everything written so far is durable."""
+        drive(self.door.flush())
+
+    def map(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+        """The extents of a range, in order and without gaps, each answered by the layer that has it."""
+        end = self.size if length is None else offset + length
+        self.door.check(offset, end - offset)
+        while offset < end:
+            extent = drive(self.door.extent(offset, end - offset))
+            yield extent
+            offset += extent.length
+
+    def resize(self, size: int, *, preallocation: str = "off") -> None:
+        """Set the virtual size in bytes. Bytes beyond a smaller size are lost; new ones read as zeros."""
+        drive(self.door.resize(size, preallocation=preallocation))
+
+    def stream(self, *, offset: int = 0, length: int | None = None) -> DiskStream:
+        """A raw I/O object over (a part of) the disk, for libraries that want a file."""
+        from .stream import DiskStream
+
+        if length is None:
+            length = self.size - offset
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise UsageError(
+                f"range {offset}+{length} is outside the disk of {self.size} bytes", path=self.name
+            )
+        return DiskStream(self, offset, length)
+
+    def close(self) -> None:
+        drive(self.door.close())
+
+    def __enter__(self) -> Disk:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.door.closed else ("rw" if self.writable else "ro")
+        return f"<Disk {self.name!r} {self.format} {self.size} bytes {state}>"

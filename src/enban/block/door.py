@@ -1,0 +1,154 @@
+"""The checked door: the only way for a request into a disk.
+
+Every guest request passes here: its range and the disk's permission are checked, it is
+entered in the ledger, handed to the mover, and ended exactly once. What lies behind may
+rely on ranges that are inside the disk and on a disk that is open.
+"""
+
+from __future__ import annotations
+
+from ..errors import ClosedError, CorruptImageError, OutOfRangeError, ReadOnlyError, UsageError
+from . import mover, requests
+from .requests import Ledger
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+    from typing import Any, TypeVar
+
+    from ..extent import Extent
+    from .node import Node
+    from .storage import ReadBuffer, WriteBuffer
+
+    T = TypeVar("T")
+
+
+class Door:
+    """A disk's node behind its checks.
+
+    writable: whether guest writes are allowed; a node may be writable while its door is not.
+    writethrough: every write is flushed before it is done.
+    """
+
+    __slots__ = ("closed", "ledger", "node", "runtime", "writable", "writethrough")
+
+    def __init__(self, node: Node, *, writable: bool, writethrough: bool = False) -> None:
+        self.node = node
+        self.runtime = node.runtime
+        self.writable = writable
+        self.writethrough = writethrough
+        self.closed = False
+        self.ledger = node.ledger = Ledger(node.runtime)
+
+    def check(self, offset: int, length: int) -> None:
+        if self.closed:
+            raise ClosedError("the disk is closed", path=self.node.name)
+        if offset < 0 or length < 0 or offset + length > self.node.size:
+            raise OutOfRangeError(
+                f"range {offset}+{length} is outside the disk of {self.node.size} bytes", path=self.node.name
+            )
+
+    def _check_write(self, offset: int, length: int) -> None:
+        self.check(offset, length)
+        if not self.writable:
+            raise ReadOnlyError("the disk is open read-only", path=self.node.name)
+
+    async def _run(self, operation: str, offset: int, length: int, work: Coroutine[Any, Any, T]) -> T:
+        request = self.ledger.begin(operation, offset, length)
+        request.state = requests.IN_FLIGHT
+        try:
+            result = await work
+        except BaseException as error:
+            if isinstance(error, CorruptImageError) and error.path == self.node.name:
+                await self.node.corrupted()
+            self.ledger.end(request, error)
+            raise
+        self.ledger.end(request)
+        return result
+
+    async def read_into(self, buffer: WriteBuffer, offset: int) -> None:
+        """Fill `buffer` (bytes) from the guest offset `offset`."""
+        view = memoryview(buffer).cast("B")
+        self.check(offset, len(view))
+        if len(view):
+            await self._run(requests.READ, offset, len(view), mover.read_into(self.node, view, offset))
+
+    async def write(self, buffer: ReadBuffer, offset: int, *, fua: bool = False) -> None:
+        """Write all of `buffer` at the guest offset; with `fua` it is durable when this returns."""
+        view = memoryview(buffer).cast("B")
+        self._check_write(offset, len(view))
+        if len(view):
+            work = mover.write(self.node, view, offset)
+            await self._run(requests.WRITE, offset, len(view), self._durable(work, fua))
+
+    async def write_packed(self, packed: bytes, offset: int) -> None:
+        """Store a compressed cluster, packed by the node's codec."""
+        self._check_write(offset, 0)
+        if not self.node.codec or offset % self.node.cluster_size:
+            raise UsageError("not a place for a compressed cluster", path=self.node.name, offset=offset)
+        work = mover.write_packed(self.node, packed, offset)
+        await self._run(requests.WRITE, offset, len(packed), self._durable(work, False))
+
+    async def write_zeroes(self, offset: int, length: int, *, unmap: bool = True, fua: bool = False) -> None:
+        self._check_write(offset, length)
+        if length:
+            work = mover.write_zeroes(self.node, offset, length, unmap=unmap)
+            await self._run(requests.ZERO, offset, length, self._durable(work, fua))
+
+    async def discard(self, offset: int, length: int) -> None:
+        self._check_write(offset, length)
+        if length:
+            work = mover.discard(self.node, offset, length)
+            await self._run(requests.DISCARD, offset, length, self._durable(work, False))
+
+    async def _durable(self, work: Coroutine[Any, Any, None], fua: bool) -> None:
+        await work
+        if fua or self.writethrough:
+            await self.node.flush()
+
+    async def flush(self) -> None:
+        """Return once every write that was done before the call is durable."""
+        self.check(0, 0)
+        if self.writable:
+            await self._run(requests.FLUSH, 0, 0, self.node.flush())
+
+    async def extent(self, offset: int, length: int) -> Extent:
+        """Where the bytes at `offset` live, down the whole chain; see `mover.resolve`."""
+        self.check(offset, length)
+        return await mover.resolve(self.node, offset, length)
+
+    async def resize(self, size: int, *, preallocation: str = "off") -> None:
+        """Change the virtual size, in bytes, with nothing else in flight."""
+        self._check_write(0, 0)
+        if size < 0:
+            raise UsageError(f"size {size} is negative", path=self.node.name)
+        await self.ledger.drain()
+        work = self.node.resize(size, preallocation=preallocation)
+        await self._run(requests.RESIZE, 0, size, self.runtime.finish(work))
+
+    async def close(self) -> None:
+        """Let requests in flight end, flush, and release every storage of the chain.
+
+        Raises the first error met, after everything is released. Closing twice is fine.
+        """
+        if self.closed:
+            return
+        self.closed = True
+        await self.runtime.finish(self._close())
+
+    async def _close(self) -> None:
+        await self.ledger.drain()
+        await close_chain(self.node)
+
+
+async def close_chain(node: Node | None) -> None:
+    """Close a node and all below it; the first error is raised when all are closed."""
+    first: BaseException | None = None
+    while node is not None:
+        try:
+            await node.close()
+        except BaseException as error:
+            first = first or error
+        node = node.backing
+    if first is not None:
+        raise first

@@ -1,0 +1,251 @@
+"""The one place that moves guest bytes.
+
+Nodes say where bytes live (`Node.lookup`) or may be put (`Node.reserve`); the functions
+here walk the chain, read, inflate, fill around partial writes and write. Order of a write
+that needs space, the same for every format:
+
+    lock the units -> reserve -> move the bytes -> publish (or abandon) -> unlock
+
+so a failed or cancelled write has shown nothing, and bytes are in place before a table
+names them.
+"""
+
+from __future__ import annotations
+
+from ..extent import COMPRESSED, DATA, UNALLOCATED, ZERO, Extent
+from ..units import align_down, align_up
+from . import codec
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..units import GuestOffset
+    from .node import Node, Piece
+
+# Work on a long range goes in strides, so that locks and table memory stay bounded.
+STRIDE = 8 << 20
+# A partial unit and its surroundings are joined to one write up to this size.
+JOIN = 2 << 20
+_UNPACKED_BYTES = 4 << 20  # inflated clusters kept for the next small read
+
+_ZEROES = memoryview(bytes(1 << 20))
+
+
+async def resolve(node: Node, offset: GuestOffset, length: int) -> Extent:
+    """Where the bytes at `offset` live, looking down the backing chain.
+
+    The extent is at most `length` long. UNALLOCATED now means: in no layer, reads as zeros.
+    """
+    layer, depth = node, 0
+    while True:
+        extent = layer.lookup(offset, length)
+        while extent is None:
+            await layer.load(offset)
+            extent = layer.lookup(offset, length)
+        extent.depth = depth
+        if extent.kind != UNALLOCATED:
+            return extent
+        below = layer.backing
+        if below is None or offset >= below.size:
+            return extent
+        length = min(extent.length, below.size - offset)
+        layer = below
+        depth += 1
+
+
+async def read_into(node: Node, buffer: memoryview, offset: GuestOffset) -> None:
+    """Fill `buffer` with the guest bytes at `offset`; the range lies inside the disk."""
+    length = len(buffer)
+    host = node.locate(offset, length)
+    if host >= 0:
+        if not node.data.read_now(buffer, host):
+            await node.data.read_into(buffer, host)
+        return
+    position = 0
+    while position < length:
+        extent = await resolve(node, offset + position, length - position)
+        part = buffer[position : position + extent.length]
+        position += extent.length
+        if extent.kind == DATA:
+            assert extent.storage is not None
+            if not extent.storage.read_now(part, extent.host):
+                await extent.storage.read_into(part, extent.host)
+        elif extent.kind == COMPRESSED:
+            await _read_packed(extent, part)
+        else:
+            fill_zeroes(part)
+
+
+def fill_zeroes(buffer: memoryview) -> None:
+    for start in range(0, len(buffer), len(_ZEROES)):
+        part = buffer[start : start + len(_ZEROES)]
+        part[:] = _ZEROES[: len(part)]
+
+
+async def _read_packed(extent: Extent, part: memoryview) -> None:
+    node = extent.node
+    key = (node.generation, extent.host)
+    data = node.unpacked.get(key)
+    if data is None:
+        assert extent.storage is not None
+        packed = bytearray(extent.packed)
+        if not extent.storage.read_now(packed, extent.host):
+            await extent.storage.read_into(packed, extent.host)
+        data = await node.runtime.offload(_inflate, node, packed, extent.host)
+        if len(part) < len(data):  # the rest of the unit is likely to be read next
+            kept = node.unpacked
+            while len(kept) >= max(2, _UNPACKED_BYTES // node.cluster_size):
+                kept.pop(next(iter(kept), key), None)
+            kept[key] = data
+    skip = extent.start - extent.unit
+    part[:] = memoryview(data)[skip : skip + len(part)]
+
+
+def _inflate(node: Node, packed: bytearray, host: int) -> bytes:
+    return codec.inflate(node.codec, packed, node.cluster_size, path=node.name, offset=host)
+
+
+async def write(node: Node, buffer: memoryview, offset: GuestOffset) -> None:
+    """Write guest bytes. On an error each unit of the range is as before or as asked."""
+    length = len(buffer)
+    host = node.locate_write(offset, length)
+    if host >= 0:
+        await node.data.write(buffer, host)
+        return
+    await node.vet(buffer, offset)
+    position = 0
+    while position < length:
+        start = offset + position
+        n = min(length - position, STRIDE - start % STRIDE)
+        part = buffer[position : position + n]
+        held = await node.ranges.acquire(align_down(start, node.unit), align_up(start + n, node.unit))
+        try:
+            await node.runtime.finish(_write_locked(node, part, start))
+        finally:
+            node.ranges.release(held)
+        position += n
+
+
+async def _write_locked(node: Node, buffer: memoryview, offset: GuestOffset) -> None:
+    pieces = await node.reserve(offset, len(buffer))
+    try:
+        for piece in pieces:
+            await _write_piece(node, piece, buffer, offset)
+    except BaseException:
+        await node.abandon(pieces)
+        raise
+    await node.publish(pieces)
+
+
+async def _write_piece(node: Node, piece: Piece, buffer: memoryview, offset: GuestOffset) -> None:
+    end = piece.start + piece.length
+    first, last = max(piece.start, offset), min(end, offset + len(buffer))
+    body = buffer[first - offset : last - offset]
+    storage, host = piece.storage, piece.host
+    head, tail = first - piece.start, end - last
+    if piece.fill and (head or tail):
+        head_bytes = await _surroundings(node, piece, piece.start, head)
+        tail_bytes = await _surroundings(node, piece, last, tail)
+        if head_bytes is not None or tail_bytes is not None:
+            if piece.length <= JOIN and (head_bytes or not head) and (tail_bytes or not tail):
+                await storage.write(b"".join((head_bytes or b"", body, tail_bytes or b"")), host)
+                return
+            if head_bytes:
+                await storage.write(head_bytes, host)
+            if tail_bytes:
+                await storage.write(tail_bytes, host + piece.length - tail)
+    await storage.write(body, host + head)
+
+
+async def _surroundings(node: Node, piece: Piece, start: GuestOffset, length: int) -> bytearray | None:
+    """What the guest reads in a part of a piece nobody writes; None where nothing need be written."""
+    if not length:
+        return None
+    if piece.clean and await reads_zero(node, start, length):
+        return None
+    content = bytearray(length)
+    await read_into(node, memoryview(content), start)
+    return content
+
+
+async def reads_zero(node: Node, offset: GuestOffset, length: int) -> bool:
+    """Whether the tables alone say that a range reads as zeros."""
+    end = offset + length
+    while offset < end:
+        extent = await resolve(node, offset, end - offset)
+        if extent.kind not in (ZERO, UNALLOCATED):
+            return False
+        offset += extent.length
+    return True
+
+
+async def write_packed(node: Node, packed: bytes, offset: GuestOffset) -> None:
+    """Store one whole unit that is compressed already."""
+    held = await node.ranges.acquire(offset, offset + node.unit)
+    try:
+        await node.runtime.finish(_write_packed_locked(node, packed, offset))
+    finally:
+        node.ranges.release(held)
+
+
+async def _write_packed_locked(node: Node, packed: bytes, offset: GuestOffset) -> None:
+    piece = await node.reserve_packed(offset, len(packed))
+    try:
+        await piece.storage.write(packed, piece.host)
+    except BaseException:
+        await node.abandon([piece])
+        raise
+    await node.publish([piece])
+
+
+async def write_zeroes(node: Node, offset: GuestOffset, length: int, *, unmap: bool = True) -> None:
+    """Make a range read as zeros, by the tables where they can say it, else by writing zeros."""
+    end = offset + length
+    first = align_up(offset, node.grain)
+    last = end if end == node.size else align_down(end, node.grain)
+    if first >= last:
+        await _write_plain_zeroes(node, offset, length)
+        return
+    if first > offset:
+        await _write_plain_zeroes(node, offset, first - offset)
+    position = first
+    while position < last:
+        n = min(last - position, _table_stride(node) - position % _table_stride(node))
+        held = await node.ranges.acquire(align_down(position, node.unit), align_up(position + n, node.unit))
+        try:
+            done = await node.runtime.finish(node.zero(position, n, unmap=unmap))
+        finally:
+            node.ranges.release(held)
+        if not done:
+            await _write_plain_zeroes(node, position, n)
+        position += n
+    if last < end:
+        await _write_plain_zeroes(node, last, end - last)
+
+
+def _table_stride(node: Node) -> int:
+    """How much one call to the tables covers: much more than when bytes move."""
+    return max(STRIDE, node.unit * 4096)
+
+
+async def _write_plain_zeroes(node: Node, offset: GuestOffset, length: int) -> None:
+    while length:
+        n = min(length, len(_ZEROES))
+        if not await reads_zero(node, offset, n):
+            await write(node, _ZEROES[:n], offset)
+        offset += n
+        length -= n
+
+
+async def discard(node: Node, offset: GuestOffset, length: int) -> None:
+    """Give back the space of the whole grains inside a range."""
+    end = offset + length
+    position = align_up(offset, node.grain)
+    last = end if end == node.size else align_down(end, node.grain)
+    while position < last:
+        n = min(last - position, _table_stride(node) - position % _table_stride(node))
+        held = await node.ranges.acquire(align_down(position, node.unit), align_up(position + n, node.unit))
+        try:
+            await node.runtime.finish(node.discard(position, n))
+        finally:
+            node.ranges.release(held)
+        position += n

@@ -1,0 +1,181 @@
+"""The contract of a node: where do these guest bytes live?
+
+A node is a format over storages. It maps guest ranges to extents (read side) and
+allocates space for them (write side); it never moves guest bytes itself, the mover does.
+A new format is a class with `lookup` and, if it can be written, `reserve` and `publish`.
+
+Rules for implementers:
+
+- `locate`, `locate_write` and `lookup` are plain calls that never wait: they use tables in
+  memory and answer "not here" (-1 or None) when one is missing; `load` brings it in.
+- The write side runs under the node's range lock for the unit-aligned range, so no two
+  reservations of the same unit are alive at once; tables change under the node's own mutex.
+- `reserve` must not make anything visible. `publish` makes it visible in memory; after a
+  `flush` it is durable. `abandon` undoes a reservation. Each reservation ends in exactly
+  one of the two.
+- A guest byte that was never written reads from `backing` if there is one and it is long
+  enough, else as zero: say UNALLOCATED and leave the rest to the mover.
+"""
+
+from __future__ import annotations
+
+from ..errors import UnsupportedOperationError
+from ..extent import Extent
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ..units import GuestOffset, HostOffset
+    from .locks import RangeLocks
+    from .requests import Ledger
+    from .runtime import Runtime
+    from .storage import Storage
+
+
+class Piece:
+    """Space promised to a write: guest [start, start+length) at `host` in `storage`.
+
+    fill: bytes of the range that the caller does not write must be filled with what the
+        guest reads there now, because the space is new. False: the space already holds them.
+    clean: new space that is known to read as zeros, so zeros need not be written to it.
+    token: whatever the node needs to publish or abandon the piece.
+    """
+
+    __slots__ = ("clean", "fill", "host", "length", "start", "storage", "token")
+
+    def __init__(
+        self,
+        start: GuestOffset,
+        length: int,
+        storage: Storage,
+        host: HostOffset,
+        *,
+        fill: bool,
+        clean: bool = False,
+        token: object = None,
+    ) -> None:
+        self.start = start
+        self.length = length
+        self.storage = storage
+        self.host = host
+        self.fill = fill
+        self.clean = clean
+        self.token = token
+
+
+class Node:
+    """Base class of formats.
+
+    name: path or URI of the image, for messages.
+    format: name of the driver ("raw", "qcow2", ...).
+    size: virtual size in bytes; need not be a multiple of anything.
+    unit: allocation unit in bytes: reservations and range locks are aligned to it.
+    grain: the smallest range the tables can zero or discard; divides `unit`.
+    file: the storage that holds the image; `data`: the storage that `locate` speaks of.
+    codec: how COMPRESSED extents are packed ("zlib", "zstd"), "" if there are none.
+    backing: the node below, or None.
+    backing_name, backing_format: what the image says of it ("" if nothing), kept as found.
+    ledger: the requests of the disk this node is the top of; set by the door, None below it.
+    """
+
+    format: str = ""
+    codec: str = ""
+    # Formats with a fixed cluster size pack exactly `cluster_size` guest bytes per COMPRESSED unit.
+    cluster_size: int = 0
+
+    def __init__(self, name: str, runtime: Runtime, file: Storage, *, writable: bool) -> None:
+        from .locks import RangeLocks
+
+        self.name = name
+        self.runtime = runtime
+        self.file = file
+        self.data: Storage = file
+        self.writable = writable
+        self.size = 0
+        self.unit = 1
+        self.grain = 1
+        self.backing: Node | None = None
+        self.backing_name = ""
+        self.backing_format = ""
+        self.ranges: RangeLocks = RangeLocks(runtime)
+        self.ledger: Ledger | None = None
+        self.generation = 0  # raised whenever space that held packed data may be used anew
+        self.unpacked: dict[tuple[int, int], bytes] = {}  # the mover's few last inflated units
+
+    # -- read side -------------------------------------------------------------------------
+
+    def locate(self, offset: GuestOffset, length: int) -> HostOffset:
+        """Hot path: the place in `data` of a range that is one plain DATA run, else -1."""
+        return -1
+
+    def lookup(self, offset: GuestOffset, length: int) -> Extent | None:
+        """The extent at `offset`, at most `length` bytes long, or None if a table is not in memory.
+
+        Called with 0 <= offset < offset + length <= size. The extent starts at `offset`, has
+        length >= 1 and may end early (at a table's end, say); callers go on from there. A
+        COMPRESSED extent ends at the end of its unit at the latest.
+        """
+        raise NotImplementedError
+
+    async def load(self, offset: GuestOffset) -> None:
+        """Bring in what `lookup(offset, ...)` needs. Raises CorruptImageError, HostError, PeerError."""
+
+    # -- write side ------------------------------------------------------------------------
+
+    def locate_write(self, offset: GuestOffset, length: int) -> HostOffset:
+        """Hot path: the place in `data` where the range may be overwritten in place, else -1."""
+        return -1
+
+    async def vet(self, buffer: bytes | bytearray | memoryview, offset: GuestOffset) -> None:
+        """Refuse content that must not be written here. Called before every write off the hot path."""
+
+    async def reserve(self, offset: GuestOffset, length: int) -> list[Piece]:
+        """Space for a write. The pieces are in guest order, cover the range, and may reach past
+        it to unit boundaries (clipped to `size`). Raises NoSpaceError, HostError, CorruptImageError."""
+        raise UnsupportedOperationError(f"format {self.format} cannot be written", path=self.name)
+
+    async def reserve_packed(self, offset: GuestOffset, length: int) -> Piece:
+        """Space for `length` packed bytes of the unit at `offset` (a multiple of `cluster_size`)."""
+        raise UnsupportedOperationError(f"format {self.format} has no compressed clusters", path=self.name)
+
+    async def publish(self, pieces: list[Piece]) -> None:
+        """Let the guest see reserved space; its bytes are in place."""
+
+    async def abandon(self, pieces: list[Piece]) -> None:
+        """Give reserved space back; nothing was shown."""
+
+    async def zero(self, offset: GuestOffset, length: int, *, unmap: bool) -> bool:
+        """Make a grain-aligned range (or one up to `size`) read as zeros by the tables alone.
+        False: this node cannot, nothing was changed, write zeros instead."""
+        return False
+
+    async def discard(self, offset: GuestOffset, length: int) -> None:
+        """Give back the space of a grain-aligned range where that is safe. Afterwards each
+        grain reads as zeros or as before, never as something older."""
+
+    async def resize(self, size: int, *, preallocation: str = "off") -> None:
+        """Set the virtual size; grown space reads as zeros even over a longer backing file."""
+        raise UnsupportedOperationError(f"format {self.format} cannot be resized", path=self.name)
+
+    async def flush(self) -> None:
+        """Make everything published durable."""
+        await self.file.flush()
+
+    async def corrupted(self) -> None:
+        """The node's tables proved wrong: make sure nobody writes on top of the damage."""
+
+    async def close(self) -> None:
+        """Flush what is still in memory if writable, release the storages. Closes only itself,
+        not `backing`. The storages are released even if flushing fails; then the error is raised."""
+        try:
+            if self.writable:
+                await self.flush()
+        finally:
+            await self.file.close()
+
+    # -- facts -----------------------------------------------------------------------------
+
+    def specific(self) -> dict[str, Any]:
+        """Format-specific facts, keys as in qemu-img's `format-specific` data; {} if none."""
+        return {}

@@ -1,0 +1,131 @@
+"""The life of a request: submitted, waiting, in flight, then exactly one end.
+
+Each guest request is a `Request` in the `Ledger` of its disk from the moment the door
+lets it in until it is done, failed or cancelled. The ledger shows what is in flight and
+for how long, lets a caller drain the disk, and keeps the books: started always equals
+done + failed + cancelled + in flight.
+"""
+
+from __future__ import annotations
+
+import _thread
+from time import perf_counter_ns
+
+from ..errors import InternalError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .runtime import Runtime, Waiter
+
+# What a request does.
+READ = "read"
+WRITE = "write"
+FLUSH = "flush"
+DISCARD = "discard"
+ZERO = "write-zeroes"
+MAP = "map"
+RESIZE = "resize"
+
+# Where a request is in its life.
+SUBMITTED = "submitted"
+WAITING = "waiting"
+IN_FLIGHT = "in flight"
+DONE = "done"
+FAILED = "failed"
+CANCELLED = "cancelled"
+
+
+class Request:
+    """One guest request. `started_ns` is on the monotonic clock, in nanoseconds."""
+
+    __slots__ = ("length", "number", "offset", "operation", "started_ns", "state")
+
+    def __init__(self, number: int, operation: str, offset: int, length: int) -> None:
+        self.number = number
+        self.operation = operation
+        self.offset = offset
+        self.length = length
+        self.state = SUBMITTED
+        self.started_ns = perf_counter_ns()
+
+    @property
+    def age_ns(self) -> int:
+        return perf_counter_ns() - self.started_ns
+
+    def __repr__(self) -> str:
+        return f"<{self.operation} #{self.number} {self.offset:#x}+{self.length:#x} {self.state}>"
+
+
+class Ledger:
+    """All requests of one disk. Thread-safe."""
+
+    __slots__ = ("_active", "_drainers", "_guard", "_runtime", "cancelled", "done", "failed", "started")
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._guard = _thread.allocate_lock()
+        self._active: dict[int, Request] = {}  # by number, oldest first
+        self._drainers: list[tuple[int, Waiter]] = []
+        self.started = 0
+        self.done = 0
+        self.failed = 0
+        self.cancelled = 0
+
+    def begin(self, operation: str, offset: int, length: int) -> Request:
+        with self._guard:
+            self.started = number = self.started + 1
+            request = self._active[number] = Request(number, operation, offset, length)
+        return request
+
+    def end(self, request: Request, error: BaseException | None = None) -> None:
+        """Close a request's book. A second end is a bug and is refused."""
+        with self._guard:
+            if self._active.pop(request.number, None) is None:
+                raise InternalError(f"{request!r} ended twice", hint="please report this")
+            if error is None:
+                self.done += 1
+                request.state = DONE
+            elif isinstance(error, Exception):
+                self.failed += 1
+                request.state = FAILED
+            else:  # asyncio.CancelledError, KeyboardInterrupt, GeneratorExit
+                self.cancelled += 1
+                request.state = CANCELLED
+            if self._drainers:
+                self._wake()
+
+    def _wake(self) -> None:
+        oldest = self.oldest
+        due = [entry for entry in self._drainers if entry[0] < oldest]
+        if due:
+            self._drainers = [entry for entry in self._drainers if entry[0] >= oldest]
+            for _, waiter in due:
+                waiter.set()
+
+    @property
+    def oldest(self) -> int:
+        """Number of the oldest request in flight; one more than the newest if there is none."""
+        for number in self._active:
+            return number
+        return self.started + 1
+
+    @property
+    def in_flight(self) -> list[Request]:
+        """What is in flight now, oldest first."""
+        with self._guard:
+            return list(self._active.values())
+
+    async def drain(self) -> None:
+        """Wait until every request that had begun before this call has ended."""
+        with self._guard:
+            if not self._active:
+                return
+            waiter = self._runtime.waiter()
+            entry = (self.started, waiter)
+            self._drainers.append(entry)
+        try:
+            await waiter.wait()
+        finally:
+            with self._guard:
+                if entry in self._drainers:
+                    self._drainers.remove(entry)

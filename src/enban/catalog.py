@@ -1,0 +1,286 @@
+"""The table of drivers, and the opener that turns a name into a chain of nodes.
+
+A reference is a path, a URI, a `json:{...}` string or a dictionary of options as in
+qemu-img's --image-opts (`driver`, `file`, `backing`, ...). Opening goes down the chain in a
+loop, not by recursion, asks the gate for every name that an image supplied, and refuses a
+chain that comes back to a file it already holds.
+"""
+
+from __future__ import annotations
+
+import os
+
+from .block.door import Door, close_chain
+from .block.gate import SIBLINGS
+from .errors import CorruptImageError, EnbanError, ImageError, UnknownFormatError, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .block.gate import Gate
+    from .block.node import Node
+    from .block.runtime import Runtime
+    from .block.storage import Storage
+
+    Options = dict[str, Any]
+
+FORMATS = ("raw", "qcow2")
+
+# Content that marks formats we have no driver for: taken for raw, their bytes would be misread.
+_FOREIGN = (
+    (b"KDMV", 0, "vmdk"),
+    (b"# Disk DescriptorFile", 0, "vmdk"),
+    (b"<<< ", 0, "vdi"),
+    (b"vhdxfile", 0, "vhdx"),
+    (b"conectix", 0, "vpc"),
+    (b"WithoutFreeSpace", 0, "parallels"),
+    (b"WithouFreSpacExt", 0, "parallels"),
+    (b"QED\0", 0, "qed"),
+    (b"LUKS\xba\xbe", 0, "luks"),
+)
+PROBE_BYTES = 512
+
+
+def probe(start: bytes | bytearray) -> str:
+    """The format that the first 512 bytes of an image speak for; "raw" if none."""
+    if start[:4] == b"QFI\xfb":
+        version = int.from_bytes(start[4:8], "big")
+        if version in (2, 3):
+            return "qcow2"
+        if version == 1:
+            return "qcow"
+    for magic, offset, name in _FOREIGN:
+        if start[offset : offset + len(magic)] == magic:
+            return name
+    return "raw"
+
+
+def parse_image_opts(text: str) -> Options:
+    """`driver=qcow2,file.filename=x,...` as nested options. A doubled comma stands for a comma."""
+    options: Options = {}
+    for item in text.replace(",,", "\0").split(","):
+        key, equals, value = item.replace("\0", ",").partition("=")
+        if not equals or not key:
+            raise UsageError(
+                f"'{item}' is not of the form key=value", hint="example: driver=raw,file.filename=disk.img"
+            )
+        place = options
+        *parents, last = key.split(".")
+        for parent in parents:
+            inner = place.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise UsageError(f"option '{key}' contradicts '{parent}'")
+            place = inner
+        place[last] = value
+    return options
+
+
+def parse_reference(reference: str | Options) -> Options:
+    """Any reference as options: {"filename": ...} for a plain name."""
+    if isinstance(reference, dict):
+        return reference
+    if reference.startswith("json:"):
+        import json
+
+        try:
+            options = json.loads(reference[5:])
+        except ValueError as error:
+            raise UsageError(f"'{reference}' is not valid JSON: {error}") from None
+        if not isinstance(options, dict):
+            raise UsageError(f"'{reference}' is not a JSON object")
+        return _unfold(options)
+    return {"filename": reference}
+
+
+def _unfold(options: Options) -> Options:
+    """Dotted keys of a JSON object as nested objects."""
+    result: Options = {}
+    for key, value in options.items():
+        place = result
+        *parents, last = key.split(".")
+        for parent in parents:
+            inner = place.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise UsageError(f"option '{key}' contradicts '{parent}'")
+            place = inner
+        place[last] = _unfold(value) if isinstance(value, dict) else value
+    return result
+
+
+class Opener:
+    """Opens chains under one set of rules.
+
+    cache: cache mode of every file. lock: take QEMU's image locks (not for `--force-share`).
+    gate: what names found in images may be opened. metadata_only: no guest data will be touched.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        gate: Gate = SIBLINGS,
+        cache: str = "writeback",
+        lock: bool = True,
+        metadata_only: bool = False,
+    ) -> None:
+        self.runtime = runtime
+        self.gate = gate
+        self.cache = cache
+        self.lock = lock
+        self.metadata_only = metadata_only
+
+    async def open_chain(
+        self, reference: str | Options, *, format: str = "", writable: bool = False, backing: bool = True
+    ) -> Node:
+        """A node and, with `backing`, all below it (those read-only)."""
+        seen: set[Any] = set()
+        top = node = await self._open_one(parse_reference(reference), format, writable, seen)
+        try:
+            below = self._below(node, parse_reference(reference)) if backing else None
+            while below is not None:
+                options, below_format = below
+                node.backing = await self._open_one(options, below_format, False, seen)
+                node = node.backing
+                below = self._below(node, options)
+        except BaseException:
+            await _close_quietly(top)
+            raise
+        return top
+
+    def _below(self, node: Node, options: Options) -> tuple[Options, str] | None:
+        """What to open under a node: as the options say, else as the image says."""
+        if "backing" in options:
+            wanted = options["backing"]
+            if wanted in (None, ""):
+                return None
+            return parse_reference(wanted), ""
+        if not node.backing_name:
+            return None
+        self.gate.check(node.backing_name, image=node.name, role="backing file")
+        return self.resolve(node.backing_name, node.name), node.backing_format
+
+    def resolve(self, reference: str, image: str) -> Options:
+        """A name found in an image, as options; relative names start at the image's directory."""
+        options = parse_reference(reference)
+        filename = options.get("filename")
+        if filename is not None and not _scheme(filename):
+            options = {**options, "filename": os.path.join(os.path.dirname(image), filename)}
+        return options
+
+    async def _open_one(self, options: Options, format: str, writable: bool, seen: set[Any]) -> Node:
+        driver = str(options.get("driver", ""))
+        if driver in FORMATS:
+            inner = options.get("file", options.get("filename"))
+            if inner is None:
+                raise UsageError(f"driver {driver} needs a file", hint="give file.filename=...")
+            format = driver
+            storage = await self.open_storage(parse_reference(inner), writable=writable)
+        else:
+            storage = await self.open_storage(options, writable=writable)
+        try:
+            if storage.identity in seen:
+                raise CorruptImageError(
+                    "the backing chain comes back to this file",
+                    path=storage.name,
+                    hint="run: enban rebase -u",
+                )
+            seen.add(storage.identity)
+            return await self._open_format(storage, options, format, writable)
+        except BaseException:
+            await storage.close()
+            raise
+
+    async def _open_format(self, storage: Storage, options: Options, format: str, writable: bool) -> Node:
+        name, guessed = storage.name, not format
+        if guessed:
+            format = probe(await storage.read(0, min(PROBE_BYTES, storage.size())))
+        if format == "raw":
+            from .formats.raw import RawNode
+            from .units import parse_size
+
+            length = options.get("size")
+            return RawNode(
+                name,
+                self.runtime,
+                storage,
+                writable=writable,
+                offset=parse_size(str(options.get("offset", 0))),
+                length=None if length is None else parse_size(str(length)),
+                probe=probe if guessed else None,
+            )
+        if format == "qcow2":
+            return await self._open_qcow2(storage, options, writable)
+        if guessed:
+            raise UnknownFormatError(
+                f"the image looks like {format}, which is not supported",
+                path=name,
+                hint="to use its bytes as they are, say -f raw",
+            )
+        raise UnknownFormatError(
+            f"format '{format}' is not known", path=name, hint=f"use {' or '.join(FORMATS)}"
+        )
+
+    async def _open_qcow2(self, storage: Storage, options: Options, writable: bool) -> Node:
+        from .formats.qcow2.opening import data_file_name, open_qcow2
+
+        node = await open_qcow2(
+            storage.name, self.runtime, storage, writable=writable, metadata_only=self.metadata_only
+        )
+        if node.external:
+            given = options.get("data-file")
+            if given is not None:
+                reference = parse_reference(given)
+            else:
+                name = data_file_name(node)
+                if not name:
+                    raise ImageError("the image needs a data file but names none", path=node.name)
+                self.gate.check(name, image=node.name, role="data file")
+                reference = self.resolve(name, node.name)
+            node.data = await self.open_storage(reference, writable=writable)
+        return node
+
+    async def open_storage(self, options: Options, *, writable: bool, create: bool = False) -> Storage:
+        """The storage that options name: a file, or whatever a URI's scheme says."""
+        driver = str(options.get("driver", "file"))
+        filename = options.get("filename")
+        if filename is None and isinstance(options.get("file"), dict):
+            return await self.open_storage(options["file"], writable=writable, create=create)
+        if driver not in ("file", "host_device") or not isinstance(filename, str) or not filename:
+            raise UsageError(
+                f"driver '{driver}' is not known or needs a filename", hint="use driver=file,filename=..."
+            )
+        filename = filename.removeprefix("file:")
+        from .storage.file import open_file
+
+        return open_file(
+            filename, self.runtime, writable=writable, cache=self.cache, lock=self.lock, create=create
+        )
+
+
+def _scheme(name: str) -> bool:
+    return "://" in name or name.startswith(("nbd:", "file:", "json:"))
+
+
+async def _close_quietly(node: Node) -> None:
+    try:
+        await close_chain(node)
+    except EnbanError:
+        pass  # the error that led here is the one to report
+
+
+async def open_door(
+    reference: str | Options,
+    runtime: Runtime,
+    *,
+    format: str = "",
+    writable: bool = False,
+    backing: bool = True,
+    cache: str = "writeback",
+    gate: Gate = SIBLINGS,
+    lock: bool = True,
+) -> Door:
+    """Open a disk with its chain; both faces are made of this."""
+    opener = Opener(runtime, gate=gate, cache=cache, lock=lock)
+    node = await opener.open_chain(reference, format=format, writable=writable, backing=backing)
+    return Door(node, writable=writable, writethrough=cache in ("writethrough", "directsync"))

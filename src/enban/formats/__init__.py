@@ -1,0 +1,1 @@
+"""How bytes are arranged: each module or package here is one format."""

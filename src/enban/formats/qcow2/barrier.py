@@ -1,0 +1,177 @@
+"""The order in which an image's changes reach the disk.
+
+Table changes collect in memory. A barrier takes a copy of them at one moment and writes it
+in steps, each durable before the next begins:
+
+    1  refcount blocks; L2 tables and refcount tables nobody points to yet
+       (the guest data they count was written before)                             sync
+    2  refcount table entries of new blocks, the header's pointer to a moved table  sync if any
+    3  entries of old L2 tables, L1 entries                                         sync
+    4  clusters that step 3 unlinked may be counted down
+
+So at every moment what an entry on disk points to is counted and written (allocate,
+reference, publish), and what a table still on disk points to is not reused. A crash leaves
+clusters counted that nobody uses, never the reverse. Entries never cross a 512-byte sector,
+the unit a disk writes whole.
+
+If a step fails, what was taken goes back among the changes, and the error goes to whoever
+asked for the barrier; a later barrier writes all of it again.
+"""
+
+from __future__ import annotations
+
+from .tables import SECTOR_ENTRIES, to_big_endian
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ...block.storage import Storage
+    from .node import Qcow2Node
+    from .refcounts import Block
+    from .tables import L2Table
+
+SECTOR = 512
+
+
+class Changes:
+    """What one barrier writes: (offset, bytes) by step, and what to restore if it fails."""
+
+    def __init__(self, node: Qcow2Node) -> None:
+        self.first: list[tuple[int, bytes]] = []
+        self.second: list[tuple[int, bytes]] = []
+        self.third: list[tuple[int, bytes]] = []
+        self.blocks: list[tuple[Block, set[int], bool]] = []
+        self.tables: list[tuple[int, L2Table, set[int], bool]] = []
+        self.l1 = set(node.l1_dirty)
+        self.table_entries = set(node.refcounts.table_dirty)
+        self.moved, node.refcounts.moved = node.refcounts.moved, None
+        self.settled = False  # step 1 is durable
+        self.unlinked = node.unlinked
+        self._take_refcounts(node)
+        self._take_mapping(node)
+        node.unlinked = []
+
+    def _take_refcounts(self, node: Qcow2Node) -> None:
+        refcounts = node.refcounts
+        size = refcounts.cluster_size
+        for block in refcounts.blocks.values():
+            if not (block.dirty or block.fresh):
+                continue
+            if block.fresh:
+                self.first.append((block.offset, block.counts.big_endian(0, size)))
+            else:
+                self.first.extend(
+                    (block.offset + start, block.counts.big_endian(start, end))
+                    for start, end in runs(block.dirty)
+                )
+            self.blocks.append((block, block.dirty, block.fresh))
+            block.busy += 1
+            block.dirty = set()
+            block.fresh = False
+        if self.moved is not None:
+            offset, clusters = self.moved
+            self.first.append((offset, to_big_endian(refcounts.table)))
+            self.second.append((48, offset.to_bytes(8, "big") + clusters.to_bytes(4, "big")))
+        else:
+            base = node.header.refcount_table_offset
+            for start, end in runs({index // SECTOR_ENTRIES for index in self.table_entries}):
+                self.second.append((base + start, to_big_endian(refcounts.table, start // 8, end // 8)))
+        refcounts.table_dirty.clear()
+
+    def _take_mapping(self, node: Qcow2Node) -> None:
+        cache = node.cache
+        for index in sorted(cache.dirty):
+            table = cache.tables[index]
+            if table.fresh:
+                self.first.append((table.offset, to_big_endian(table.entries)))
+            else:
+                self.third.extend(
+                    (table.offset + start, to_big_endian(table.entries, start // 8, end // 8))
+                    for start, end in runs(table.dirty)
+                )
+            self.tables.append((index, table, table.dirty, table.fresh))
+            table.busy += 1
+            table.dirty = set()
+            table.fresh = False
+        cache.dirty.clear()
+        for start, end in runs({index // SECTOR_ENTRIES for index in self.l1}):
+            self.third.append((node.header.l1_offset + start, to_big_endian(node.l1, start // 8, end // 8)))
+        node.l1_dirty.clear()
+
+    def done(self, node: Qcow2Node) -> None:
+        for block, _, _ in self.blocks:
+            block.busy -= 1
+        for _, table, _, _ in self.tables:
+            table.busy -= 1
+
+    def restore(self, node: Qcow2Node) -> None:
+        """Put back among the changes what may not have reached the disk.
+
+        Once step 1 is durable, fresh tables and blocks are complete on disk and may be pointed
+        to already, so from then on they are changed in step 3 like any other.
+        """
+        self.done(node)
+        for block, dirty, fresh in self.blocks:
+            if not self.settled:
+                block.dirty |= dirty
+                block.fresh |= fresh
+        for index, table, dirty, fresh in self.tables:
+            if not (fresh and self.settled):
+                table.dirty |= dirty
+                table.fresh |= fresh
+                node.cache.dirty.add(index)
+        node.l1_dirty |= self.l1
+        node.refcounts.table_dirty |= self.table_entries
+        if node.refcounts.moved is None:
+            node.refcounts.moved = self.moved
+        node.unlinked = self.unlinked + node.unlinked
+
+
+def runs(sectors: set[int]) -> list[tuple[int, int]]:
+    """Byte ranges [start, end) covering a set of sector numbers, adjacent ones joined."""
+    found: list[tuple[int, int]] = []
+    for sector in sorted(sectors):
+        start = sector * SECTOR
+        if found and found[-1][1] == start:
+            found[-1] = (found[-1][0], start + SECTOR)
+        else:
+            found.append((start, start + SECTOR))
+    return found
+
+
+async def barrier(node: Qcow2Node) -> None:
+    """Make everything durable that was published before the call."""
+    ticket = node.barriers_started
+    async with node.barrier_mutex:
+        if node.barriers_done > ticket:
+            return  # one that began after our call has ended meanwhile: it took our changes along
+        node.barriers_started += 1
+        number = node.barriers_started
+        async with node.mutex:
+            changes = Changes(node)
+        try:
+            if node.data is not node.file:
+                await node.data.flush()
+            await _write(node.file, changes)
+        except BaseException:
+            async with node.mutex:
+                changes.restore(node)
+            raise
+        async with node.mutex:
+            changes.done(node)
+            if changes.moved is not None:
+                await node.refcount_table_moved(changes.moved)
+            node.quarantine.extend(changes.unlinked)
+            await node.release_quarantine()
+        node.barriers_done = number
+
+
+async def _write(file: Storage, changes: Changes) -> None:
+    for offset, content in changes.first:
+        await file.write(content, offset)
+    await file.flush()
+    changes.settled = True
+    for step in (changes.second, changes.third):
+        if step:
+            for offset, content in step:
+                await file.write(content, offset)
+            await file.flush()

@@ -1,0 +1,738 @@
+"""A qcow2 image as a node: mapping guest ranges, and allocating for them.
+
+What lives where:
+
+- `mapping` reads L2 entries; `locate`/`locate_write` here are its short cuts;
+- `reserve`, `publish`, `zero` and `discard` change tables in memory, under `mutex`;
+- `barrier` brings the changes to the disk in order.
+
+A host cluster that leaves the mapping goes from `unlinked` (its unlinking is in memory
+only) to `quarantine` (durable, but a request that began before may still read or write the
+cluster) and is then counted down.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from ...block.locks import Mutex
+from ...block.node import Node, Piece
+from ...errors import CorruptImageError, EnbanError, ReadOnlyError, UnsupportedOperationError
+from ...extent import UNALLOCATED, Extent
+from ...units import align_down, align_up
+from ...wire.qcow2 import (
+    ALL_ZERO,
+    AUTOCLEAR_RAW_DATA,
+    COMPRESSED,
+    COMPRESSION_NAMES,
+    COPIED,
+    CORRUPT,
+    EXTERNAL_DATA,
+    LAZY_REFCOUNTS,
+    OFFSET_MASK,
+    REFTABLE_MASK,
+    SUBCLUSTERS,
+    pack_compressed,
+    unpack_compressed,
+)
+from .barrier import barrier
+from .mapping import bad_entry, lookup_extended, lookup_standard, subcluster_kind
+from .refcounts import Refcounts
+from .tables import L2Table, TableCache, from_big_endian, to_big_endian
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ...block.runtime import Runtime
+    from ...block.storage import Storage
+    from ...units import Cluster, GuestOffset, HostOffset
+    from ...wire.qcow2 import Header, SnapshotEntry
+
+NOT_PLAIN = COMPRESSED | ALL_ZERO
+
+
+class Link:
+    """What `publish` does for a piece: `count` entries from `first` of table `index` get the
+    clusters from `host` on. owned: the clusters were allocated for this piece.
+    masks: with extended entries, the subclusters of each that become data.
+    packed: the ready entry of a compressed cluster, else 0."""
+
+    __slots__ = ("count", "first", "host", "index", "masks", "owned", "packed")
+
+    def __init__(
+        self,
+        index: int,
+        first: int,
+        count: int,
+        host: HostOffset,
+        *,
+        owned: bool,
+        masks: list[int] | None = None,
+        packed: int = 0,
+    ) -> None:
+        self.index = index
+        self.first = first
+        self.count = count
+        self.host = host
+        self.owned = owned
+        self.masks = masks
+        self.packed = packed
+
+
+class Qcow2Node(Node):
+    """An open qcow2 image. Made by `opening.open_qcow2`."""
+
+    format = "qcow2"
+
+    def __init__(
+        self,
+        name: str,
+        runtime: Runtime,
+        file: Storage,
+        header: Header,
+        l1: array[int],
+        refcount_table: array[int],
+        snapshots: list[SnapshotEntry],
+        *,
+        writable: bool,
+    ) -> None:
+        super().__init__(name, runtime, file, writable=writable)
+        self.header = header
+        self.snapshots = snapshots
+        self.size = header.size
+        self.cluster_bits = header.cluster_bits
+        self.cluster_size = self.unit = header.cluster_size
+        self.cluster_mask = self.cluster_size - 1
+        self.extended = header.extended_l2
+        self.grain_bits = self.cluster_bits - 5 if self.extended else self.cluster_bits
+        self.grain = 1 << self.grain_bits
+        self.l2_shift = self.cluster_bits + header.l2_entries.bit_length() - 1
+        self.l2_mask = header.l2_entries - 1
+        self.numbers = 2 if self.extended else 1  # array items an L2 entry takes
+        self.codec = COMPRESSION_NAMES[header.compression]
+        self.backing_name = header.backing_name.decode("utf-8", "surrogateescape")
+        self.external = bool(header.incompatible & EXTERNAL_DATA)
+        # Without an external data file no cluster can lie at offset 0, so the offset alone tells.
+        self.present_mask = OFFSET_MASK | COPIED if self.external else OFFSET_MASK
+        self.l1 = l1
+        self.l1_dirty: set[int] = set()
+        self.cache = TableCache(self.cluster_size)
+        self.refcounts = Refcounts(file, header, refcount_table, name)
+        self.mutex = Mutex(runtime)
+        self.barrier_mutex = Mutex(runtime)
+        self.barriers_started = 0
+        self.barriers_done = 0
+        self.unlinked: list[tuple[Cluster, int, int]] = []  # (first, count, youngest request then)
+        self.quarantine: list[tuple[Cluster, int, int]] = []
+        self.packed_end: HostOffset = 0  # where the next compressed cluster may continue, 0: nowhere
+        self.pass_discards = True
+        self._ready_to_change = False
+
+    def present(self, entry: int) -> bool:
+        """Whether a standard L2 entry has a host cluster."""
+        return bool(entry & self.present_mask)
+
+    @property
+    def may_show_backing(self) -> bool:
+        """Whether unallocated clusters may read as something else than zeros."""
+        return bool(self.header.backing_name)
+
+    # -- read side -------------------------------------------------------------------------
+
+    def locate(self, offset: GuestOffset, length: int) -> HostOffset:
+        return self._place(self.cache.readable, offset, length)
+
+    def locate_write(self, offset: GuestOffset, length: int) -> HostOffset:
+        entries = self.cache.overwritable.get(offset >> self.l2_shift)
+        if entries is None:
+            return -1
+        if not entries[(offset >> self.cluster_bits & self.l2_mask) * self.numbers] >> 63:
+            return -1
+        return self._place(self.cache.overwritable, offset, length)
+
+    def _place(self, tables: dict[int, array[int]], offset: GuestOffset, length: int) -> HostOffset:
+        entries = tables.get(offset >> self.l2_shift)
+        if entries is None:
+            return -1
+        inside = offset & self.cluster_mask
+        if inside + length > self.cluster_size:
+            return -1
+        if self.extended:
+            index = (offset >> self.cluster_bits & self.l2_mask) * 2
+            entry = entries[index]
+            first = inside >> self.grain_bits
+            count = (inside + length - 1 >> self.grain_bits) - first + 1
+            wanted = (1 << count) - 1 << first
+            if entry & COMPRESSED or entries[index + 1] & (wanted | wanted << 32) != wanted:
+                return -1
+        else:
+            entry = entries[offset >> self.cluster_bits & self.l2_mask]
+            if entry & NOT_PLAIN:
+                return -1
+        host = entry & OFFSET_MASK
+        if host & self.cluster_mask or not entry & self.present_mask:
+            return -1
+        return host + inside
+
+    def lookup(self, offset: GuestOffset, length: int) -> Extent | None:
+        index = offset >> self.l2_shift
+        entries = self.cache.readable.get(index)
+        if entries is None:
+            if self.l1[index] & OFFSET_MASK:
+                return None
+            last = offset + length - 1 >> self.l2_shift
+            while index < last and not self.l1[index + 1] & OFFSET_MASK:
+                index += 1
+            return Extent(offset, min(length, (index + 1 << self.l2_shift) - offset), UNALLOCATED, self)
+        length = min(length, (index + 1 << self.l2_shift) - offset)
+        if self.extended:
+            return lookup_extended(self, entries, offset, length)
+        return lookup_standard(self, entries, offset, length)
+
+    async def load(self, offset: GuestOffset) -> None:
+        async with self.mutex:
+            await self._load_table(offset >> self.l2_shift)
+
+    async def _load_table(self, index: int) -> L2Table:
+        """The L2 table of an L1 entry that has one; the mutex is held."""
+        table = self.cache.tables.get(index)
+        if table is None:
+            offset = self.l1[index] & OFFSET_MASK
+            if offset & self.cluster_mask or not offset or offset + self.cluster_size > self.file.size():
+                raise CorruptImageError(
+                    f"L2 table {index} at {offset:#x} is not inside the file",
+                    path=self.name,
+                    offset=self.header.l1_offset + index * 8,
+                    hint="run: enban check -r all",
+                )
+            raw = await self.file.read(offset, self.cluster_size)
+            table = L2Table(offset, from_big_endian(raw), fresh=False)
+            self.cache.insert(index, table)
+        return table
+
+    # -- preparing a change ----------------------------------------------------------------
+
+    async def prepare_change(self) -> None:
+        """What must be so before the first change of an image since it was opened; mutex held."""
+        if self._ready_to_change:
+            return
+        if not self.writable:
+            raise ReadOnlyError("the image is open read-only", path=self.name)
+        known = AUTOCLEAR_RAW_DATA  # we do keep a raw data file raw; bitmaps we would leave wrong
+        if self.header.autoclear & ~known:
+            kept = self.header.autoclear & known
+            await self.file.write(kept.to_bytes(8, "big"), 88)
+            await self.file.flush()
+            self.header.autoclear = kept
+        self._collect_metadata()
+        self._ready_to_change = True
+
+    def _collect_metadata(self) -> None:
+        size, metadata = self.cluster_size, self.refcounts.metadata
+        header = self.header
+        metadata.add(0)
+        metadata.update(range(header.l1_offset, header.l1_offset + header.l1_entries * 8, size))
+        table = header.refcount_table_offset
+        metadata.update(range(table, table + header.refcount_table_clusters * size, size))
+        metadata.update(entry & REFTABLE_MASK for entry in self.refcounts.table)
+        metadata.update(entry & OFFSET_MASK for entry in self.l1)
+        for snapshot in self.snapshots:
+            metadata.update(range(snapshot.l1_offset, snapshot.l1_offset + snapshot.l1_entries * 8, size))
+        if header.snapshot_count:
+            metadata.add(header.snapshots_offset)
+
+    async def own_table(self, index: int) -> L2Table:
+        """The L2 table of an L1 entry, made or copied if need be, ready for changes; mutex held."""
+        l1 = self.l1[index]
+        offset = l1 & OFFSET_MASK
+        if not offset:
+            entries = array("Q", bytes(self.cluster_size))
+        elif l1 & COPIED:
+            table = await self._load_table(index)
+            if not table.writable:
+                self._vet_table(index, table)
+                self.cache.allow_overwrite(index)
+            return table
+        else:
+            table = await self._load_table(index)
+            self._vet_table(index, table)
+            entries = array("Q", table.entries)
+        place = await self.refcounts.allocate_table(to_big_endian(entries))
+        if offset:
+            self._unlink(offset >> self.cluster_bits, 1)
+        table = L2Table(place, entries, fresh=True)
+        self.l1[index] = place | COPIED
+        self.l1_dirty.add(index)
+        self.cache.insert(index, table)
+        self.cache.touch(index, 0, len(entries))
+        return table
+
+    def _vet_table(self, index: int, table: L2Table) -> None:
+        """Refuse to write through a table that names metadata as guest data."""
+        metadata = self.refcounts.metadata
+        entries = table.entries[::2] if self.extended else table.entries
+        if self.external or metadata.isdisjoint(map(OFFSET_MASK.__and__, filter(None, entries))):
+            return
+        for position, entry in enumerate(entries):
+            if not entry & COMPRESSED and self.present(entry) and entry & OFFSET_MASK in metadata:
+                raise bad_entry(
+                    self,
+                    (index << self.l2_shift) + (position << self.cluster_bits),
+                    f"points to metadata at {entry & OFFSET_MASK:#x}",
+                )
+
+    # -- write side ------------------------------------------------------------------------
+
+    async def reserve(self, offset: GuestOffset, length: int) -> list[Piece]:
+        await self._make_room()
+        pieces: list[Piece] = []
+        position = align_down(offset, self.cluster_size)
+        end = align_up(offset + length, self.cluster_size)
+        async with self.mutex:
+            await self.prepare_change()
+            try:
+                while position < end:
+                    index = position >> self.l2_shift
+                    stop = min(end, index + 1 << self.l2_shift)
+                    table = await self.own_table(index)
+                    if self.extended:
+                        await self._reserve_extended(
+                            pieces, index, table, position, stop, offset, offset + length
+                        )
+                    else:
+                        await self._reserve_standard(
+                            pieces, index, table, position, stop, offset, offset + length
+                        )
+                    position = stop
+            except BaseException:
+                await self._undo(pieces)
+                raise
+        return pieces
+
+    async def _make_room(self) -> None:
+        """Before changing more: write out changes if many have collected, take back free clusters."""
+        if len(self.cache.dirty) >= self.cache.most_dirty:
+            await barrier(self)
+        elif self.quarantine:
+            async with self.mutex:
+                await self.release_quarantine()
+
+    async def _reserve_standard(
+        self,
+        pieces: list[Piece],
+        index: int,
+        table: L2Table,
+        start: GuestOffset,
+        stop: GuestOffset,
+        want_start: GuestOffset,
+        want_end: GuestOffset,
+    ) -> None:
+        entries, bits = table.entries, self.cluster_bits
+        i = start >> bits & self.l2_mask
+        last = i + (stop - start >> bits)
+        while i < last:
+            entry = entries[i]
+            guest = (index << self.l2_shift) + (i << bits)
+            count = 1
+            if entry >> 63 and not entry & COMPRESSED and self.present(entry):
+                # Ours alone: data is overwritten in place, a kept zero cluster is put to use.
+                host = entry & OFFSET_MASK
+                if host & self.cluster_mask:
+                    raise bad_entry(self, guest, f"points to {host:#x}, which is no cluster")
+                while i + count < last and entries[i + count] == entry + (count << bits):
+                    count += 1
+                if entry & ALL_ZERO:
+                    link = Link(index, i, count, host, owned=False)
+                    self._add_piece(pieces, table, guest, count << bits, host, clean=False, link=link)
+                else:
+                    first, end = max(guest, want_start), min(guest + (count << bits), want_end)
+                    place = host + first - guest
+                    pieces.append(Piece(first, end - first, self.data, place, fill=False))
+            else:
+                while i + count < last and not (
+                    entries[i + count] >> 63 and self.present(entries[i + count])
+                ):
+                    count += 1
+                host, count, clean = await self._new_clusters(guest, count)
+                link = Link(index, i, count, host, owned=True)
+                self._add_piece(pieces, table, guest, count << bits, host, clean=clean, link=link)
+            i += count
+
+    def _add_piece(
+        self,
+        pieces: list[Piece],
+        table: L2Table,
+        guest: GuestOffset,
+        length: int,
+        host: HostOffset,
+        *,
+        clean: bool,
+        link: Link,
+    ) -> None:
+        table.pins += 1
+        length = min(length, self.size - guest)
+        pieces.append(Piece(guest, length, self.data, host, fill=True, clean=clean, token=link))
+
+    async def _new_clusters(self, guest: GuestOffset, count: int) -> tuple[HostOffset, int, bool]:
+        """(host offset, how many clusters, whether they read as zeros)."""
+        if self.external:  # guest and host offsets are the same there, and nothing is counted
+            return guest, count, guest >= self.data.size() and not self.data.fixed_size
+        cluster, count, clean = await self.refcounts.allocate(count)
+        return cluster << self.cluster_bits, count, clean
+
+    async def _reserve_extended(
+        self,
+        pieces: list[Piece],
+        index: int,
+        table: L2Table,
+        start: GuestOffset,
+        stop: GuestOffset,
+        want_start: GuestOffset,
+        want_end: GuestOffset,
+    ) -> None:
+        entries, grain = table.entries, self.grain
+        for guest in range(start, stop, self.cluster_size):
+            i = guest >> self.cluster_bits & self.l2_mask
+            entry = entries[2 * i]
+            first = max(want_start - guest, 0) >> self.grain_bits
+            end = min(-(-(want_end - guest) // grain), SUBCLUSTERS)
+            if entry & COMPRESSED or (self.present(entry) and not entry >> 63):
+                first, end = 0, SUBCLUSTERS  # the whole cluster moves
+            elif self.present(entry):
+                host = entry & OFFSET_MASK
+                if host & self.cluster_mask:
+                    raise bad_entry(self, guest, f"points to {host:#x}, which is no cluster")
+                self._reserve_subclusters(pieces, index, table, i, guest, first, end)
+                continue
+            host, _, clean = await self._new_clusters(guest, 1)
+            mask = (1 << end - first) - 1 << first
+            link = Link(index, i, 1, host, owned=True, masks=[mask])
+            place = first << self.grain_bits
+            length = (end - first) << self.grain_bits
+            self._add_piece(pieces, table, guest + place, length, host + place, clean=clean, link=link)
+
+    def _reserve_subclusters(
+        self,
+        pieces: list[Piece],
+        index: int,
+        table: L2Table,
+        i: int,
+        guest: GuestOffset,
+        first: int,
+        end: int,
+    ) -> None:
+        """Pieces inside a cluster that is ours: data subclusters stay, the others come into use."""
+        entry, bitmap = table.entries[2 * i], table.entries[2 * i + 1]
+        host = entry & OFFSET_MASK
+        while first < end:
+            data = bitmap >> first & 1
+            subcluster_kind(self, entry, bitmap, first, guest)
+            count = 1
+            while first + count < end and bitmap >> first + count & 1 == data:
+                count += 1
+            place = first << self.grain_bits
+            length = min(count << self.grain_bits, self.size - guest - place)
+            if data:
+                pieces.append(Piece(guest + place, length, self.data, host + place, fill=False))
+            else:
+                mask = (1 << count) - 1 << first
+                link = Link(index, i, 1, host, owned=False, masks=[mask])
+                self._add_piece(pieces, table, guest + place, length, host + place, clean=False, link=link)
+            first += count
+
+    async def reserve_packed(self, offset: GuestOffset, length: int) -> Piece:
+        if self.external:
+            raise UnsupportedOperationError(
+                "an image with an external data file cannot hold compressed clusters", path=self.name
+            )
+        if not 0 < length < self.cluster_size:
+            raise UnsupportedOperationError(
+                "a compressed cluster must be smaller than a cluster", path=self.name
+            )
+        await self._make_room()
+        async with self.mutex:
+            await self.prepare_change()
+            index = offset >> self.l2_shift
+            table = await self.own_table(index)
+            host = await self._new_packed(length)
+            entry = pack_compressed(host, length, self.cluster_bits)
+            link = Link(index, offset >> self.cluster_bits & self.l2_mask, 1, host, owned=True, packed=entry)
+            table.pins += 1
+        return Piece(offset, length, self.file, host, fill=False, token=link)
+
+    async def _new_packed(self, length: int) -> HostOffset:
+        """Space for packed bytes: after the last ones if that is possible, else in a new cluster.
+        Every host cluster it touches is counted once more."""
+        refcounts, size = self.refcounts, self.cluster_size
+        host = self.packed_end
+        if host % size:
+            shared = host >> self.cluster_bits
+            last = host + length - 1 >> self.cluster_bits
+            if await refcounts.get(shared) < refcounts.largest and (
+                last == shared or await refcounts.claim_free(last)
+            ):
+                await refcounts.add(shared, 1)
+                self.packed_end = host + length
+                return host
+        cluster, _, _ = await refcounts.allocate(1)
+        host = cluster << self.cluster_bits
+        self.packed_end = host + length
+        return host
+
+    async def publish(self, pieces: list[Piece]) -> None:
+        async with self.mutex:
+            for piece in pieces:
+                link = piece.token
+                if isinstance(link, Link):
+                    self._link(link)
+                    self.cache.tables[link.index].pins -= 1
+
+    def _link(self, link: Link) -> None:
+        entries = self.cache.tables[link.index].entries
+        numbers = self.numbers
+        for position in range(link.count):
+            i = (link.first + position) * numbers
+            old = entries[i]
+            if link.packed:
+                entries[i] = link.packed
+                if self.extended:
+                    entries[i + 1] = 0
+            else:
+                entries[i] = link.host + (position << self.cluster_bits) | COPIED
+                if link.masks is not None:
+                    mask = link.masks[position]
+                    entries[i + 1] = (entries[i + 1] | mask) & ~(mask << 32)
+            if link.owned:
+                self._unlink_entry(old)
+        self.cache.touch(link.index, link.first * numbers, link.count * numbers)
+
+    async def abandon(self, pieces: list[Piece]) -> None:
+        async with self.mutex:
+            await self._undo(pieces)
+
+    async def _undo(self, pieces: list[Piece]) -> None:
+        for piece in pieces:
+            link = piece.token
+            if not isinstance(link, Link):
+                continue
+            self.cache.tables[link.index].pins -= 1
+            if link.packed:
+                await self._drop_packed(link.host, piece.length)
+            elif link.owned and not self.external:
+                await self.refcounts.release(link.host >> self.cluster_bits, link.count)
+
+    async def _drop_packed(self, host: HostOffset, length: int) -> None:
+        for cluster in range(host >> self.cluster_bits, (host + length - 1 >> self.cluster_bits) + 1):
+            if not await self.refcounts.add(cluster, -1):
+                self._forget_packed(cluster)
+
+    def _forget_packed(self, cluster: Cluster) -> None:
+        if self.packed_end - 1 >> self.cluster_bits == cluster:
+            self.packed_end = 0
+        self.generation += 1
+        self.unpacked.clear()
+
+    # -- leaving the mapping ---------------------------------------------------------------
+
+    def _unlink(self, cluster: Cluster, count: int) -> None:
+        youngest = self.ledger.started if self.ledger is not None else 0
+        if self.unlinked:
+            first, n, _ = self.unlinked[-1]
+            if first + n == cluster:
+                self.unlinked[-1] = (first, n + count, youngest)
+                return
+        self.unlinked.append((cluster, count, youngest))
+
+    def _unlink_entry(self, entry: int) -> None:
+        if entry & COMPRESSED:
+            host, packed = unpack_compressed(entry, self.cluster_bits)
+            first = host >> self.cluster_bits
+            self._unlink(first, (host + packed - 1 >> self.cluster_bits) - first + 1)
+        elif entry & OFFSET_MASK and not self.external:
+            self._unlink((entry & OFFSET_MASK) >> self.cluster_bits, 1)
+
+    async def release_quarantine(self) -> None:
+        """Count down clusters whose unlinking is durable and that no running request can reach;
+        mutex held. Space that is free now is given back to the host before anyone can get it."""
+        oldest = self.ledger.oldest if self.ledger is not None else 1
+        due = [entry for entry in self.quarantine if entry[2] < oldest]
+        if not due:
+            return
+        self.quarantine = [entry for entry in self.quarantine if entry[2] >= oldest]
+        for first, count, _ in due:
+            run = first
+            for cluster in range(first, first + count):
+                if await self.refcounts.add(cluster, -1):
+                    await self._give_back(run, cluster)
+                    run = cluster + 1
+                else:
+                    self.refcounts.metadata.discard(cluster << self.cluster_bits)
+                    self._forget_packed(cluster)
+            await self._give_back(run, first + count)
+
+    async def _give_back(self, first: Cluster, end: Cluster) -> None:
+        if self.pass_discards and end > first:
+            try:
+                await self.file.discard(first << self.cluster_bits, end - first << self.cluster_bits)
+            except EnbanError:
+                self.pass_discards = False  # advice was not wanted; the space stays with the file
+
+    async def refcount_table_moved(self, moved: tuple[HostOffset, int]) -> None:
+        """The header on disk names the new refcount table; the old one is unused. Mutex held."""
+        old, clusters = self.header.refcount_table_offset, self.header.refcount_table_clusters
+        self.header.refcount_table_offset, self.header.refcount_table_clusters = moved
+        self.quarantine.append((old >> self.cluster_bits, clusters, 0))
+
+    # -- zero and discard ------------------------------------------------------------------
+
+    async def zero(self, offset: GuestOffset, length: int, *, unmap: bool) -> bool:
+        if self.header.version < 3 and (self.may_show_backing or not unmap):
+            return False
+        if self.external:
+            await self.data.write_zeroes(offset, length, unmap=unmap)
+        return await self._clear(offset, length, unmap=unmap, zero=True)
+
+    async def discard(self, offset: GuestOffset, length: int) -> None:
+        if self.header.version < 3 and self.may_show_backing:
+            return  # there an unallocated cluster would show what the backing file holds
+        if self.external:
+            await self.data.write_zeroes(offset, length, unmap=True)
+        await self._clear(offset, length, unmap=True, zero=False)
+
+    async def _clear(self, offset: GuestOffset, length: int, *, unmap: bool, zero: bool) -> bool:
+        """Make grains read as zeros by their entries. False if a compressed cluster is in the way
+        of zeroing a part of it (nothing was changed then)."""
+        end = offset + length
+        if end == self.size:
+            end = align_up(end, self.cluster_size)
+        await self._make_room()
+        async with self.mutex:
+            await self.prepare_change()
+            if zero and self.extended and await self._packed_edges(offset, end):
+                return False
+            while offset < end:
+                index = offset >> self.l2_shift
+                stop = min(end, index + 1 << self.l2_shift)
+                flag_needed = zero and self.may_show_backing and self._backing_reaches(offset)
+                if self.l1[index] & OFFSET_MASK or flag_needed:
+                    table = await self.own_table(index)
+                    self._clear_entries(index, table, offset, stop, unmap=unmap, flag_needed=flag_needed)
+                offset = stop
+        return True
+
+    def _backing_reaches(self, offset: GuestOffset) -> bool:
+        return self.backing is None or offset < self.backing.size
+
+    async def _packed_edges(self, offset: GuestOffset, end: GuestOffset) -> bool:
+        for edge in {offset, end} - {align_down(offset, self.cluster_size), align_up(end, self.cluster_size)}:
+            index = edge >> self.l2_shift
+            if self.l1[index] & OFFSET_MASK:
+                table = await self._load_table(index)
+                if table.entries[(edge >> self.cluster_bits & self.l2_mask) * 2] & COMPRESSED:
+                    return True
+        return False
+
+    def _clear_entries(
+        self,
+        index: int,
+        table: L2Table,
+        offset: GuestOffset,
+        stop: GuestOffset,
+        *,
+        unmap: bool,
+        flag_needed: bool,
+    ) -> None:
+        entries, numbers = table.entries, self.numbers
+        while offset < stop:
+            i = (offset >> self.cluster_bits & self.l2_mask) * numbers
+            after = min(stop, align_down(offset, self.cluster_size) + self.cluster_size)
+            entry = entries[i]
+            bitmap = entries[i + 1] if self.extended else 0
+            whole = after - offset == self.cluster_size
+            used = bool(entry) or bool(bitmap)
+            if used or flag_needed:
+                keep = self.present(entry) and not entry & COMPRESSED and not unmap
+                if self.extended:
+                    first = (offset & self.cluster_mask) >> self.grain_bits
+                    mask = (1 << (after - offset >> self.grain_bits)) - 1 << first
+                    new_bitmap = (bitmap | mask << 32) & ~mask
+                    drop = whole and not (keep and entry >> 63)
+                    new = 0 if drop else entry
+                else:
+                    new_bitmap = 0
+                    drop = not (keep and entry >> 63)
+                    flag = ALL_ZERO if self.header.version > 2 else 0
+                    new = flag if drop else entry | flag
+                if new != entry or new_bitmap != bitmap:
+                    entries[i] = new
+                    if self.extended:
+                        entries[i + 1] = new_bitmap
+                    self.cache.touch(index, i, numbers)
+                    if drop:
+                        self._unlink_entry(entry)
+            offset = after
+
+    # -- size, flush, close ----------------------------------------------------------------
+
+    async def resize(self, size: int, *, preallocation: str = "off") -> None:
+        from .resize import resize
+
+        await resize(self, size, preallocation)
+
+    async def preallocate(self, offset: GuestOffset, length: int, mode: str) -> None:
+        from .resize import preallocate
+
+        await preallocate(self, offset, length, mode)
+
+    async def flush(self) -> None:
+        if self.writable:
+            await barrier(self)
+
+    async def corrupted(self) -> None:
+        if not self.writable:
+            return
+        self.writable = False
+        if self.header.version > 2 and not self.header.incompatible & CORRUPT:
+            self.header.incompatible |= CORRUPT
+            await self.file.write(self.header.incompatible.to_bytes(8, "big"), 72)
+            await self.file.flush()
+
+    async def write_header(self) -> None:
+        """Rewrite the header cluster from the fields in memory, durably."""
+        content = self.header.build()
+        await self.file.write(content + bytes(self.cluster_size - len(content)), 0)
+        await self.file.flush()
+
+    async def close(self) -> None:
+        try:
+            if self.writable:
+                await barrier(self)
+                self.ledger = None  # nothing is in flight any more: all of the quarantine is due
+                async with self.mutex:
+                    self.quarantine = [(first, count, 0) for first, count, _ in self.quarantine]
+                    await self.release_quarantine()
+                if any(block.dirty for block in self.refcounts.blocks.values()):
+                    await barrier(self)
+        finally:
+            try:
+                if self.data is not self.file:
+                    await self.data.close()
+            finally:
+                await self.file.close()
+
+    # -- facts -----------------------------------------------------------------------------
+
+    def specific(self) -> dict[str, Any]:
+        header = self.header
+        facts: dict[str, Any] = {
+            "compat": "0.10" if header.version == 2 else "1.1",
+            "compression-type": self.codec,
+        }
+        if header.version > 2:
+            facts["lazy-refcounts"] = bool(header.compatible & LAZY_REFCOUNTS)
+        facts["refcount-bits"] = header.refcount_bits
+        if header.version > 2:
+            facts["corrupt"] = bool(header.incompatible & CORRUPT)
+            facts["extended-l2"] = self.extended
+        return facts

@@ -1,0 +1,104 @@
+"""The L1 table and the L2 tables in memory.
+
+An L2 table is an array of the entries as numbers (two numbers an entry in an image with
+extended L2 entries). Tables are loaded on demand and kept up to a limit; a table that is
+changed, being written by a barrier or named by a reservation stays.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ...units import HostOffset
+
+SECTOR_ENTRIES = 64  # numbers of 8 bytes in a 512-byte sector
+
+
+def from_big_endian(raw: bytes | bytearray) -> array[int]:
+    """Big-endian 64-bit numbers as an array."""
+    numbers = array("Q", bytes(raw))
+    if sys.byteorder == "little":
+        numbers.byteswap()
+    return numbers
+
+
+def to_big_endian(numbers: array[int], start: int = 0, end: int | None = None) -> bytes:
+    part = numbers[start:end]
+    if sys.byteorder == "little":
+        part.byteswap()
+    return part.tobytes()
+
+
+class L2Table:
+    """One L2 table. `fresh`: the L1 table on disk does not point here yet, so the whole table
+    may be written at any time. `pins`: reservations that will publish into it. `writable`:
+    it is ours alone and its entries were checked against the metadata."""
+
+    __slots__ = ("busy", "dirty", "entries", "fresh", "offset", "pins", "writable")
+
+    def __init__(self, offset: HostOffset, entries: array[int], *, fresh: bool) -> None:
+        self.offset = offset
+        self.entries = entries
+        self.dirty: set[int] = set()  # changed 512-byte sectors
+        self.fresh = fresh
+        self.pins = 0
+        self.busy = 0
+        self.writable = fresh
+
+
+class TableCache:
+    """L2 tables by L1 index.
+
+    readable, overwritable: the entries alone, for the hot paths: any table in memory, and those
+        that may be written in place without a further look.
+    limit: bytes of tables to keep; dirty_limit: bytes of changed tables that call for a barrier.
+    """
+
+    def __init__(self, table_bytes: int, limit: int = 32 << 20) -> None:
+        self.tables: dict[int, L2Table] = {}
+        self.readable: dict[int, array[int]] = {}
+        self.overwritable: dict[int, array[int]] = {}
+        self.most = max(4, limit // (table_bytes + 1024))  # a small table costs more than its entries
+        self.most_dirty = max(2, self.most // 2)
+        self.dirty: set[int] = set()  # L1 indexes of changed tables
+
+    def insert(self, index: int, table: L2Table) -> None:
+        self.tables[index] = table
+        self.readable[index] = table.entries
+        if table.writable:
+            self.overwritable[index] = table.entries
+        else:
+            self.overwritable.pop(index, None)
+        if len(self.tables) > self.most:
+            self._trim(index)
+
+    def remove(self, index: int) -> None:
+        self.tables.pop(index, None)
+        self.readable.pop(index, None)
+        self.overwritable.pop(index, None)
+        self.dirty.discard(index)
+
+    def clear(self) -> None:
+        for index in list(self.tables):
+            self.remove(index)
+
+    def allow_overwrite(self, index: int) -> None:
+        table = self.tables[index]
+        table.writable = True
+        self.overwritable[index] = table.entries
+
+    def _trim(self, keep: int) -> None:
+        idle = [
+            i for i, t in self.tables.items() if not (t.dirty or t.fresh or t.pins or t.busy) and i != keep
+        ]
+        for index in idle[: len(self.tables) - self.most + self.most // 8]:
+            self.remove(index)
+
+    def touch(self, index: int, first: int, count: int) -> None:
+        """Numbers [first, first+count) of a table were changed."""
+        table = self.tables[index]
+        table.dirty.update(range(first // SECTOR_ENTRIES, (first + count - 1) // SECTOR_ENTRIES + 1))
+        self.dirty.add(index)

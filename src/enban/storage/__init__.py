@@ -1,0 +1,1 @@
+"""Where bytes rest: files and memory. `host` alone knows the operating system."""

@@ -1,0 +1,325 @@
+"""Local files and block devices as a storage.
+
+Cache modes are QEMU's: `writeback` (the page cache, durable at flush), `none` (O_DIRECT),
+`writethrough` and `directsync` (durable at every write; the door sees to that), `unsafe`
+(flush does nothing). A failed fsync is sticky, see FlushFailedError.
+"""
+
+from __future__ import annotations
+
+import _thread
+import errno
+import os
+
+from ..block.storage import Storage
+from ..errors import (
+    FlushFailedError,
+    HostError,
+    LockedError,
+    UnsupportedOperationError,
+    UsageError,
+    from_oserror,
+)
+from . import host
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+    from mmap import mmap
+
+    from ..block.runtime import Runtime
+    from ..block.storage import ReadBuffer, WriteBuffer
+    from ..units import HostOffset
+
+CACHE_MODES = ("writeback", "none", "writethrough", "directsync", "unsafe")
+DIRECT_ALIGNMENT = 4096  # bytes; satisfies every logical block size in use
+_DIRECT_STRIDE = 1 << 20
+
+
+class FileStorage(Storage):
+    """A file opened once, for reading or for reading and writing, under QEMU's image locks."""
+
+    def __init__(self, path: str, fd: int, runtime: Runtime, *, writable: bool, cache: str) -> None:
+        self.name = path
+        self.runtime = runtime
+        self.writable = writable
+        self._fd = fd
+        self._size, self.fixed_size, self._identity = host.facts(fd)
+        self._guard = _thread.allocate_lock()
+        self._flushes = cache != "unsafe"
+        self._flush_error: OSError | None = None
+        self._direct = -1
+        self._bounces: list[mmap] = []
+
+    @property
+    def identity(self) -> Hashable:
+        return self._identity
+
+    def fileno(self) -> int:
+        """The descriptor, for callers that send or map the file themselves."""
+        return self._fd
+
+    def size(self) -> int:
+        return self._size
+
+    def allocated(self) -> int:
+        return host.allocated(self._fd)
+
+    def read_now(self, buffer: WriteBuffer, offset: HostOffset) -> bool:
+        if self._direct >= 0:
+            if not self.runtime.blocking:
+                return False
+            self._read(memoryview(buffer), offset)
+            return True
+        if self.runtime.blocking:
+            self._read(memoryview(buffer), offset)
+            return True
+        view = memoryview(buffer)
+        try:
+            if host.read_cached(self._fd, view, offset) == len(view):
+                return True
+            if offset < self._size:
+                host.will_need(self._fd, offset, len(view))
+        except OSError as error:
+            raise from_oserror(error, "read", self.name, offset) from error
+        return False
+
+    async def read_into(self, buffer: WriteBuffer, offset: HostOffset) -> None:
+        await self.runtime.offload(self._read, memoryview(buffer), offset)
+
+    def _read(self, view: memoryview, offset: HostOffset) -> None:
+        try:
+            if self._direct >= 0:
+                self._read_direct(view, offset)
+                return
+            n = host.read_into(self._fd, view, offset)
+        except OSError as error:
+            raise from_oserror(error, "read", self.name, offset) from error
+        if n < len(view):
+            view[n:] = bytes(len(view) - n)
+
+    async def write(self, buffer: ReadBuffer, offset: HostOffset) -> None:
+        await self.runtime.offload(self._write, memoryview(buffer), offset)
+
+    def _write(self, view: memoryview, offset: HostOffset) -> None:
+        end = offset + len(view)
+        if self.fixed_size and end > self._size:
+            raise from_oserror(
+                OSError(errno.ENOSPC, ""), "write past the end of the device", self.name, offset
+            )
+        try:
+            if self._direct >= 0:
+                self._write_direct(view, offset)
+            else:
+                host.write_all(self._fd, view, offset)
+        except OSError as error:
+            raise from_oserror(error, "write", self.name, offset) from error
+        if end > self._size:
+            self._grown(end)
+
+    def _grown(self, end: int) -> None:
+        with self._guard:
+            self._size = max(self._size, end)
+
+    # O_DIRECT: whole aligned blocks go through page-aligned bounce buffers; the edges of an
+    # unaligned request go through the page cache of the other descriptor, which the kernel
+    # keeps coherent with direct I/O. So no read-modify-write happens here.
+
+    def open_direct(self) -> None:
+        try:
+            self._direct = os.open(self.name, (os.O_RDWR if self.writable else os.O_RDONLY) | os.O_DIRECT)
+        except OSError as error:
+            hint = "use another cache mode" if error.errno == errno.EINVAL else ""
+            raise from_oserror(error, "open with O_DIRECT", self.name, hint=hint) from error
+
+    def _bounce(self) -> mmap:
+        from mmap import mmap
+
+        try:
+            return self._bounces.pop()
+        except IndexError:
+            return mmap(-1, _DIRECT_STRIDE)
+
+    def _read_direct(self, view: memoryview, offset: HostOffset) -> None:
+        bounce = self._bounce()
+        try:
+            with memoryview(bounce) as space:
+                done = 0
+                while done < len(view):
+                    lead = (offset + done) % DIRECT_ALIGNMENT
+                    want = min(len(view) - done, _DIRECT_STRIDE - lead)
+                    span = -(-(lead + want) // DIRECT_ALIGNMENT) * DIRECT_ALIGNMENT
+                    start = offset + done - lead
+                    n = 0
+                    while n < span:  # a short read that is no multiple of a block is the end of the file
+                        got = os.preadv(self._direct, (space[n:span],), start + n)
+                        n += got
+                        if not got or n % DIRECT_ALIGNMENT:
+                            break
+                    space[n:span] = bytes(span - n)
+                    view[done : done + want] = space[lead : lead + want]
+                    done += want
+        finally:
+            self._bounces.append(bounce)
+
+    def _write_direct(self, view: memoryview, offset: HostOffset) -> None:
+        first = -(-offset // DIRECT_ALIGNMENT) * DIRECT_ALIGNMENT
+        last = (offset + len(view)) // DIRECT_ALIGNMENT * DIRECT_ALIGNMENT
+        if first >= last:
+            host.write_all(self._fd, view, offset)
+            return
+        host.write_all(self._fd, view[: first - offset], offset)
+        bounce = self._bounce()
+        try:
+            with memoryview(bounce) as space:
+                for start in range(first, last, _DIRECT_STRIDE):
+                    n = min(_DIRECT_STRIDE, last - start)
+                    space[:n] = view[start - offset : start - offset + n]
+                    host.write_all(self._direct, space[:n], start)
+        finally:
+            self._bounces.append(bounce)
+        host.write_all(self._fd, view[last - offset :], last)
+
+    async def flush(self) -> None:
+        if self._flushes and self.writable:
+            await self.runtime.offload(self._sync)
+
+    def _sync(self) -> None:
+        if self._flush_error is None:
+            try:
+                host.sync(self._fd)
+                return
+            except OSError as error:
+                self._flush_error = error
+        failed = self._flush_error
+        raise FlushFailedError(
+            f"flush failed: {os.strerror(failed.errno or errno.EIO).lower()}",
+            path=self.name,
+            hint="writes since the last flush may be lost; check the medium and open the image again",
+            errno=failed.errno or errno.EIO,
+        ) from failed
+
+    async def write_zeroes(self, offset: HostOffset, length: int, *, unmap: bool = True) -> None:
+        if not await self.runtime.offload(self._zero, offset, length, unmap):
+            await super().write_zeroes(offset, length, unmap=unmap)
+
+    def _zero(self, offset: HostOffset, length: int, unmap: bool) -> bool:
+        end = offset + length
+        try:
+            if self.fixed_size:
+                return (host.punch_hole if unmap else host.zero_range)(self._fd, offset, length)
+            with self._guard:
+                if end > self._size:
+                    os.ftruncate(self._fd, end)
+                    if offset >= self._size:
+                        self._size = end
+                        return unmap or host.reserve(self._fd, offset, length)
+                    self._size = end
+            return (host.punch_hole if unmap else host.zero_range)(self._fd, offset, length)
+        except OSError as error:
+            raise from_oserror(error, "write zeroes", self.name, offset) from error
+
+    async def discard(self, offset: HostOffset, length: int) -> None:
+        length = min(length, self._size - offset)
+        if length > 0:
+            try:
+                await self.runtime.offload(host.punch_hole, self._fd, offset, length)
+            except OSError as error:
+                raise from_oserror(error, "discard", self.name, offset) from error
+
+    async def truncate(self, size: int) -> None:
+        if self.fixed_size:
+            if size > self._size:
+                raise UnsupportedOperationError("a device cannot grow", path=self.name)
+            return
+        try:
+            with self._guard:
+                os.ftruncate(self._fd, size)
+                self._size = size
+        except OSError as error:
+            raise from_oserror(error, "set the size", self.name, size) from error
+
+    async def allocate(self, offset: HostOffset, length: int) -> None:
+        if self.fixed_size or not length:
+            return
+        try:
+            if await self.runtime.offload(host.reserve, self._fd, offset, length):
+                self._grown(offset + length)
+        except OSError as error:
+            raise from_oserror(error, "reserve space", self.name, offset) from error
+
+    async def status(self, offset: HostOffset, length: int) -> tuple[bool, int]:
+        if offset >= self._size:
+            return True, length
+        try:
+            return host.data_or_hole(self._fd, offset, offset + length)
+        except OSError as error:
+            raise from_oserror(error, "look for holes", self.name, offset) from error
+
+    async def copy_from(
+        self, source: Storage, source_offset: HostOffset, offset: HostOffset, length: int
+    ) -> int:
+        if not isinstance(source, FileStorage) or self._direct >= 0 or source._direct >= 0:
+            return 0
+        try:
+            n = await self.runtime.offload(host.copy, source._fd, source_offset, self._fd, offset, length)
+        except OSError as error:
+            raise from_oserror(error, f"copy from {source.name}", self.name, offset) from error
+        if n:
+            self._grown(offset + n)
+        return n
+
+    async def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        direct, self._direct = self._direct, -1
+        if direct >= 0:
+            os.close(direct)
+        if fd >= 0:
+            try:
+                os.close(fd)
+            except OSError as error:
+                raise from_oserror(error, "close", self.name) from error
+
+
+def open_file(
+    path: str,
+    runtime: Runtime,
+    *,
+    writable: bool,
+    cache: str = "writeback",
+    lock: bool = True,
+    create: bool = False,
+) -> FileStorage:
+    """Open (or create) a local file.
+
+    lock: take QEMU's image locks; without them a running guest's image can be read (`--force-share`).
+    Raises HostError (LockedError if another process holds the image) and UsageError.
+    """
+    if cache not in CACHE_MODES:
+        raise UsageError(f"cache mode '{cache}' is not known", hint=f"use one of {', '.join(CACHE_MODES)}")
+    try:
+        fd = host.open_file(path, writable=writable, create=create)
+    except OSError as error:
+        if error.errno == errno.ENODEV:
+            raise HostError("is not a regular file or block device", path=path, errno=errno.ENODEV) from error
+        doing = "create" if create else ("open for writing" if writable else "open")
+        raise from_oserror(error, doing, path) from error
+    except ValueError as error:  # a NUL byte in the name
+        raise UsageError(f"'{path!r}' cannot be a file name: {error}") from None
+    try:
+        storage = FileStorage(path, fd, runtime, writable=writable, cache=cache)
+        if lock and not host.lock_image(fd, writable=writable):
+            raise LockedError(
+                "another process is using the image",
+                path=path,
+                hint="stop it" if writable else "stop it, or read anyway with --force-share (-U)",
+                errno=errno.EAGAIN,
+            )
+        if cache in ("none", "directsync") and host.HAVE_DIRECT:
+            storage.open_direct()
+    except OSError as error:
+        os.close(fd)
+        if isinstance(error, HostError):
+            raise
+        raise from_oserror(error, "open", path) from error
+    return storage

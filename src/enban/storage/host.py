@@ -1,0 +1,259 @@
+"""Everything enban asks of the operating system about files, and nothing else.
+
+This is the one module that may use Linux-only calls. Each has a portable road beside it,
+taken when the name is missing (`os.preadv`, `os.copy_file_range`, `fcntl`, SEEK_DATA, ...);
+other modules never ask which. Functions here raise plain OSError; `storage.file` translates.
+"""
+
+from __future__ import annotations
+
+import _thread
+import errno
+import os
+import stat
+import sys
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX host
+    fcntl = None  # type: ignore[assignment]
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+HAVE_PREADV = hasattr(os, "preadv") and hasattr(os, "pwrite")
+HAVE_NOWAIT = HAVE_PREADV and hasattr(os, "RWF_NOWAIT")
+HAVE_HOLES = hasattr(os, "SEEK_DATA")
+HAVE_COPY = hasattr(os, "copy_file_range")
+HAVE_LOCKS = fcntl is not None and hasattr(fcntl, "F_OFD_SETLK")
+HAVE_DIRECT = hasattr(os, "O_DIRECT") and HAVE_PREADV
+HAVE_FALLOCATE = sys.platform == "linux" and HAVE_COPY  # reached through libc, see _fallocate
+
+_NOT_HERE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.ENOTTY, errno.EPERM)
+_LARGEST_IO = 0x7FFFF000  # Linux moves no more in one call
+
+_cursor_guard = _thread.allocate_lock()  # hosts without positioned I/O share one cursor
+
+
+def open_file(path: str, *, writable: bool, create: bool = False, direct: bool = False) -> int:
+    """A descriptor for a regular file or block device; `create` makes a new file and never replaces one."""
+    flags = os.O_RDWR if writable else os.O_RDONLY
+    flags |= getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    if create:
+        flags |= os.O_CREAT | os.O_EXCL
+    else:
+        # Opening a FIFO would wait for its other end for ever.
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise OSError(errno.EISDIR, "is a directory", path)
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise OSError(errno.ENODEV, "is not a regular file or block device", path)
+    if direct:
+        flags |= os.O_DIRECT
+    return os.open(path, flags, 0o644)
+
+
+def facts(fd: int) -> tuple[int, bool, tuple[int, ...]]:
+    """(size in bytes, whether the size is fixed, what makes this file equal to another)."""
+    status = os.fstat(fd)
+    if stat.S_ISBLK(status.st_mode):
+        return os.lseek(fd, 0, os.SEEK_END), True, (status.st_rdev,)
+    return status.st_size, False, (status.st_dev, status.st_ino)
+
+
+def allocated(fd: int) -> int:
+    """Bytes of the medium in use; the length where the host does not tell."""
+    status = os.fstat(fd)
+    return status.st_blocks * 512 if hasattr(status, "st_blocks") else status.st_size
+
+
+def read_into(fd: int, view: memoryview, offset: int) -> int:
+    """Fill `view` from `offset`; how many bytes there were (fewer only at the end of the file)."""
+    done = 0
+    while done < len(view):
+        part = view[done : done + _LARGEST_IO]
+        if HAVE_PREADV:
+            n = os.preadv(fd, (part,), offset + done)
+        else:
+            with _cursor_guard:
+                os.lseek(fd, offset + done, os.SEEK_SET)
+                data = os.read(fd, len(part))
+            n = len(data)
+            part[:n] = data
+        if not n:
+            break
+        done += n
+    return done
+
+
+def read_cached(fd: int, view: memoryview, offset: int) -> int:
+    """Like `read_into` but never waits for the medium: -1 if it would have to (or this host cannot say)."""
+    if not HAVE_NOWAIT:
+        return -1
+    try:
+        return os.preadv(fd, (view,), offset, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
+            return -1
+        raise
+
+
+def will_need(fd: int, offset: int, length: int) -> None:
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+
+def write_all(fd: int, view: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(view):
+        part = view[done : done + _LARGEST_IO]
+        if HAVE_PREADV:
+            n = os.pwrite(fd, part, offset + done)
+        else:
+            with _cursor_guard:
+                os.lseek(fd, offset + done, os.SEEK_SET)
+                n = os.write(fd, part)
+        if n <= 0:
+            raise OSError(errno.EIO, "write made no progress")
+        done += n
+
+
+def sync(fd: int) -> None:
+    if hasattr(os, "fdatasync"):
+        os.fdatasync(fd)
+    else:
+        os.fsync(fd)
+
+
+def sync_directory(path: str) -> None:
+    """Make a rename in a directory durable, where directories can be opened."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NOT_HERE:
+            raise
+    finally:
+        os.close(fd)
+
+
+_KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
+_libc: Any = None
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
+    """fallocate(2), which Python does not wrap. False where the file system cannot."""
+    global _libc
+    if not HAVE_FALLOCATE:
+        return False
+    import ctypes
+
+    if _libc is None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+        _libc = libc
+    while _libc.fallocate64(fd, mode, offset, length):
+        number = ctypes.get_errno()
+        if number == errno.EINTR:
+            continue
+        if number in _NOT_HERE:
+            return False
+        raise OSError(number, os.strerror(number))
+    return True
+
+
+def punch_hole(fd: int, offset: int, length: int) -> bool:
+    """Give a range back; it reads as zeros. The size stays. False if this host cannot."""
+    return _fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
+
+
+def zero_range(fd: int, offset: int, length: int) -> bool:
+    """Zero a range and keep space for it. False if this host cannot."""
+    return _fallocate(fd, _ZERO_RANGE, offset, length)
+
+
+def reserve(fd: int, offset: int, length: int) -> bool:
+    """Reserve space for a range, growing the file. False if this host cannot."""
+    if not hasattr(os, "posix_fallocate"):
+        return False
+    try:
+        os.posix_fallocate(fd, offset, length)
+    except OSError as error:
+        if error.errno in _NOT_HERE:
+            return False
+        raise
+    return True
+
+
+def data_or_hole(fd: int, offset: int, end: int) -> tuple[bool, int]:
+    """(whether `offset` is in a hole, how many bytes on that holds, at most to `end`)."""
+    if not HAVE_HOLES:
+        return False, end - offset
+    try:
+        data = os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # no data until the end of the file
+            return True, end - offset
+        return False, end - offset
+    if data > offset:
+        return True, min(data, end) - offset
+    hole = os.lseek(fd, offset, os.SEEK_HOLE)
+    return False, min(hole, end) - offset
+
+
+def copy(source: int, source_offset: int, target: int, offset: int, length: int) -> int:
+    """Copy inside the kernel, by reflink where the file system can; 0 if it cannot."""
+    if not HAVE_COPY:
+        return 0
+    try:
+        return os.copy_file_range(source, target, min(length, _LARGEST_IO), source_offset, offset)
+    except OSError as error:
+        if error.errno in (*_NOT_HERE, errno.EBADF):
+            return 0
+        raise
+
+
+# QEMU's image locks: one byte for each permission a user of the file holds, at 100 + bit, and
+# one for each permission it does not let others have, at 200 + bit. All are shared locks; a
+# conflict shows as a lock on the opposite byte. (QEMU docs/system/images, "image locking")
+_HOLDS, _FORBIDS = 100, 200
+_CONSISTENT_READ, _WRITE, _RESIZE = 0, 1, 3
+
+
+def lock_image(fd: int, *, writable: bool) -> bool:
+    """Take QEMU's locks for the life of the descriptor. False if another process conflicts."""
+    if not HAVE_LOCKS:
+        return True
+    holds = (_CONSISTENT_READ, _WRITE, _RESIZE) if writable else (_CONSISTENT_READ,)
+    forbids = (_WRITE, _RESIZE)
+    taken = [_HOLDS + bit for bit in holds] + [_FORBIDS + bit for bit in forbids]
+    watched = [_FORBIDS + bit for bit in holds] + [_HOLDS + bit for bit in forbids]
+    try:
+        for byte in taken:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_RDLCK, byte))
+        free = all(
+            _lock_type(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte))) == fcntl.F_UNLCK
+            for byte in watched
+        )
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        if error.errno in (*_NOT_HERE, errno.ENOLCK):
+            return True  # this file system has no locks
+        raise
+    return free
+
+
+def _flock(kind: int, byte: int) -> bytes:
+    """struct flock for one byte."""
+    from struct import pack
+
+    return pack("@hhqqi4x", kind, os.SEEK_SET, byte, 1, 0)
+
+
+def _lock_type(flock: bytes) -> int:
+    return int.from_bytes(flock[:2], sys.byteorder, signed=True)

@@ -1,0 +1,556 @@
+"""qcow2 structures (versions 2 and 3), bytes to fields and back.
+
+All numbers are big-endian. The section names in the docstrings are those of the format's
+published specification (docs/interop/qcow2.txt of QEMU); docs/formats/qcow2.md tells it in
+our words.
+
+    header        offset  size
+    magic              0     4  "QFI\\xfb"
+    version            4     4  2 or 3
+    backing offset     8     8  where the backing file's name stands, 0 if none
+    backing length    16     4  at most 1023
+    cluster bits      20     4  cluster size = 1 << bits, 9..21
+    size              24     8  virtual size in bytes
+    crypt method      32     4  0 none, 1 AES, 2 LUKS
+    L1 entries        36     4
+    L1 offset         40     8
+    refcount table    48     8  offset
+      its clusters    56     4
+    snapshots         60     4  number
+      table offset    64     8
+    -- version 3 --
+    incompatible      72     8  feature bits
+    compatible        80     8
+    autoclear         88     8
+    refcount order    96     4  refcount width = 1 << order bits, 0..6
+    header length    100     4
+    compression      104     1  0 zlib, 1 zstd
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+
+from ..errors import CorruptImageError, UnsupportedFeatureError, UnsupportedOperationError
+
+MAGIC = b"QFI\xfb"
+HEADER_V2 = Struct(">4sIQIIQIIQQIIQ")
+HEADER_V3 = Struct(">QQQII")
+HEADER_V3_LENGTH = 104
+
+MIN_CLUSTER_BITS, MAX_CLUSTER_BITS = 9, 21
+MAX_L1_BYTES = 32 << 20
+MAX_REFCOUNT_TABLE_BYTES = 8 << 20
+MAX_BACKING_NAME = 1023
+MAX_SNAPSHOTS = 65536
+MAX_SNAPSHOT_TABLE_BYTES = 64 << 20
+
+# Incompatible features: an image with one we do not know must not be opened.
+DIRTY, CORRUPT, EXTERNAL_DATA, COMPRESSION_TYPE, EXTENDED_L2 = 1, 2, 4, 8, 16
+KNOWN_INCOMPATIBLE = DIRTY | CORRUPT | EXTERNAL_DATA | COMPRESSION_TYPE | EXTENDED_L2
+# Compatible features.
+LAZY_REFCOUNTS = 1
+# Autoclear features: a writer that does not know one clears it.
+AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA = 1, 2
+
+FEATURE_NAMES = (
+    (0, 0, "dirty bit"),
+    (0, 1, "corrupt bit"),
+    (0, 2, "external data file"),
+    (0, 3, "compression type"),
+    (0, 4, "extended L2 entries"),
+    (1, 0, "lazy refcounts"),
+    (2, 0, "bitmaps"),
+    (2, 1, "raw external data"),
+)
+
+# Header extensions.
+EXT_END = 0
+EXT_BACKING_FORMAT = 0xE2792ACA
+EXT_FEATURE_NAMES = 0x6803F857
+EXT_BITMAPS = 0x23852875
+EXT_CRYPTO = 0x0537BE77
+EXT_DATA_FILE = 0x44415441
+
+COMPRESSION_NAMES = {0: "zlib", 1: "zstd"}
+COMPRESSION_NUMBERS = {name: number for number, name in COMPRESSION_NAMES.items()}
+
+# L1, L2 and refcount table entries ("L1 table entry", "L2 table entry").
+COPIED = 1 << 63  # the refcount is exactly 1: may be written in place
+COMPRESSED = 1 << 62
+ALL_ZERO = 1  # version 3: the cluster reads as zeros
+OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
+L1_RESERVED = 0x7F00_0000_0000_01FF
+L2_RESERVED = 0x3F00_0000_0000_01FE  # of a standard cluster entry
+REFTABLE_MASK = 0xFFFF_FFFF_FFFF_FE00
+SUBCLUSTERS = 32
+ALL_ALLOCATED = 0x0000_0000_FFFF_FFFF
+ALL_ZEROES = 0xFFFF_FFFF_0000_0000
+
+
+class Header:
+    """The header's fields, its extensions in order as found, and the backing file's name.
+
+    extensions: (type, data) pairs; unknown ones are carried along untouched.
+    extra: bytes of a header longer than we know, kept.
+    """
+
+    __slots__ = (
+        "autoclear",
+        "backing_name",
+        "cluster_bits",
+        "compatible",
+        "compression",
+        "crypt_method",
+        "extensions",
+        "extra",
+        "header_length",
+        "incompatible",
+        "l1_entries",
+        "l1_offset",
+        "refcount_order",
+        "refcount_table_clusters",
+        "refcount_table_offset",
+        "size",
+        "snapshot_count",
+        "snapshots_offset",
+        "version",
+    )
+
+    def __init__(self) -> None:
+        self.version = 3
+        self.backing_name = b""
+        self.cluster_bits = 16
+        self.size = 0
+        self.crypt_method = 0
+        self.l1_entries = 0
+        self.l1_offset = 0
+        self.refcount_table_offset = 0
+        self.refcount_table_clusters = 0
+        self.snapshot_count = 0
+        self.snapshots_offset = 0
+        self.incompatible = 0
+        self.compatible = 0
+        self.autoclear = 0
+        self.refcount_order = 4
+        self.header_length = 112
+        self.compression = 0
+        self.extra = b""
+        self.extensions: list[tuple[int, bytes]] = []
+
+    # Derived figures.
+
+    @property
+    def cluster_size(self) -> int:
+        return 1 << self.cluster_bits
+
+    @property
+    def extended_l2(self) -> bool:
+        return bool(self.incompatible & EXTENDED_L2)
+
+    @property
+    def l2_entry_size(self) -> int:
+        return 16 if self.extended_l2 else 8
+
+    @property
+    def l2_entries(self) -> int:
+        """Clusters that one L2 table maps."""
+        return self.cluster_size // self.l2_entry_size
+
+    @property
+    def refcount_bits(self) -> int:
+        return 1 << self.refcount_order
+
+    @property
+    def refcount_block_entries(self) -> int:
+        return self.cluster_size * 8 >> self.refcount_order
+
+    @property
+    def l1_needed(self) -> int:
+        """L1 entries that the virtual size needs."""
+        return -(-self.size // (self.cluster_size * self.l2_entries))
+
+    def extension(self, kind: int) -> bytes | None:
+        for found, data in self.extensions:
+            if found == kind:
+                return data
+        return None
+
+    def set_extension(self, kind: int, data: bytes | None) -> None:
+        """Replace an extension where it stands, add it at the end, or remove it (None)."""
+        for index, (found, _) in enumerate(self.extensions):
+            if found == kind:
+                if data is None:
+                    del self.extensions[index]
+                else:
+                    self.extensions[index] = (kind, data)
+                return
+        if data is not None:
+            self.extensions.append((kind, data))
+
+    def build(self) -> bytes:
+        """The header cluster's used part: fields, extensions, backing name.
+
+        Raises UnsupportedOperationError if it does not fit in one cluster.
+        """
+        length = 72 if self.version == 2 else self.header_length
+        tail = bytearray()
+        for kind, data in self.extensions:
+            tail += kind.to_bytes(4, "big") + len(data).to_bytes(4, "big") + data + bytes(-len(data) % 8)
+        if self.version > 2 or self.extensions:
+            tail += bytes(8)
+        name_offset = length + len(tail) if self.backing_name else 0
+        out = bytearray(
+            HEADER_V2.pack(
+                MAGIC,
+                self.version,
+                name_offset,
+                len(self.backing_name),
+                self.cluster_bits,
+                self.size,
+                self.crypt_method,
+                self.l1_entries,
+                self.l1_offset,
+                self.refcount_table_offset,
+                self.refcount_table_clusters,
+                self.snapshot_count,
+                self.snapshots_offset,
+            )
+        )
+        if self.version > 2:
+            out += HEADER_V3.pack(
+                self.incompatible, self.compatible, self.autoclear, self.refcount_order, self.header_length
+            )
+            if length > HEADER_V3_LENGTH:
+                out += bytes([self.compression]) + self.extra
+                out += bytes(length - len(out))
+        out += tail + self.backing_name
+        if len(out) > self.cluster_size:
+            raise UnsupportedOperationError(
+                f"the header needs {len(out)} bytes but a cluster has {self.cluster_size}",
+                hint="use a larger cluster size or a shorter backing file name",
+            )
+        return bytes(out)
+
+
+def feature_table() -> bytes:
+    """The content of the feature name table extension, all features we know."""
+    return b"".join(bytes((kind, bit)) + name.encode().ljust(46, b"\0") for kind, bit, name in FEATURE_NAMES)
+
+
+def parse_header(data: bytes | bytearray, *, path: str = "") -> Header:
+    """Read a header from the first cluster (or as much of it as there is).
+
+    `data` should be at least min(cluster size, file size) bytes; call `header_span` first to
+    learn how much that is. Raises CorruptImageError or UnsupportedFeatureError, by name.
+    """
+
+    def bad(what: str, offset: int | None = None) -> CorruptImageError:
+        return CorruptImageError(what, path=path, offset=offset)
+
+    header = Header()
+    if len(data) < HEADER_V2.size or data[:4] != MAGIC:
+        raise bad("not a qcow2 image (no header)")
+    (
+        _,
+        header.version,
+        name_offset,
+        name_length,
+        header.cluster_bits,
+        header.size,
+        header.crypt_method,
+        header.l1_entries,
+        header.l1_offset,
+        header.refcount_table_offset,
+        header.refcount_table_clusters,
+        header.snapshot_count,
+        header.snapshots_offset,
+    ) = HEADER_V2.unpack_from(data)
+    if header.version not in (2, 3):
+        raise UnsupportedFeatureError(f"qcow2 version {header.version} is not known", path=path)
+    if not MIN_CLUSTER_BITS <= header.cluster_bits <= MAX_CLUSTER_BITS:
+        raise bad(f"cluster size 2^{header.cluster_bits} is outside 2^9..2^21", 20)
+    cluster_size = header.cluster_size
+    if header.version == 2:
+        header.header_length = 72
+    else:
+        if len(data) < HEADER_V3_LENGTH:
+            raise bad("header is cut short")
+        (
+            header.incompatible,
+            header.compatible,
+            header.autoclear,
+            header.refcount_order,
+            header.header_length,
+        ) = HEADER_V3.unpack_from(data, HEADER_V2.size)
+        if header.header_length < HEADER_V3_LENGTH or header.header_length % 8:
+            raise bad(f"header length {header.header_length} is not valid", 100)
+        if header.header_length > min(cluster_size, len(data)):
+            raise bad(f"header length {header.header_length} is more than a cluster", 100)
+        if header.refcount_order > 6:
+            raise bad(f"refcount width 2^{header.refcount_order} bits is more than 64", 96)
+        if header.header_length > HEADER_V3_LENGTH:
+            header.compression = data[HEADER_V3_LENGTH]
+            header.extra = bytes(data[HEADER_V3_LENGTH + 1 : header.header_length])
+    _parse_extensions(header, data, name_offset, bad)
+    unknown = header.incompatible & ~KNOWN_INCOMPATIBLE
+    if unknown:
+        raise UnsupportedFeatureError(
+            f"the image needs {_feature_names(header, unknown)}",
+            path=path,
+            hint="use a newer program to open it",
+        )
+    if header.compression not in COMPRESSION_NAMES:
+        raise UnsupportedFeatureError(f"compression type {header.compression} is not known", path=path)
+    if header.compression and not header.incompatible & COMPRESSION_TYPE:
+        raise bad("a compression type is set without its feature bit", 104)
+    if header.extended_l2 and header.cluster_bits < 14:
+        raise bad("extended L2 entries need clusters of 16 KiB or more", 72)
+    if header.crypt_method > 2:
+        raise UnsupportedFeatureError(f"encryption method {header.crypt_method} is not known", path=path)
+    if name_offset:
+        if name_length > MAX_BACKING_NAME:
+            raise bad(f"backing file name of {name_length} bytes is longer than {MAX_BACKING_NAME}", 16)
+        if name_offset + name_length > min(cluster_size, len(data)):
+            raise bad("backing file name lies outside the header cluster", 8)
+        header.backing_name = bytes(data[name_offset : name_offset + name_length])
+        if b"\0" in header.backing_name:
+            raise bad("backing file name holds a NUL byte", name_offset)
+    _check_tables(header, bad)
+    return header
+
+
+def header_span(start: bytes | bytearray) -> int:
+    """How many bytes of the file `parse_header` wants, from the first 512 of it."""
+    if len(start) < HEADER_V2.size:
+        return len(start)
+    bits = int.from_bytes(start[20:24], "big")
+    return 1 << bits if MIN_CLUSTER_BITS <= bits <= MAX_CLUSTER_BITS else len(start)
+
+
+def _parse_extensions(header: Header, data: bytes | bytearray, name_offset: int, bad: object) -> None:
+    assert callable(bad)
+    position = header.header_length
+    end = min(header.cluster_size, len(data))
+    if name_offset and position < name_offset < end:
+        end = name_offset
+    while position + 8 <= end:
+        kind = int.from_bytes(data[position : position + 4], "big")
+        length = int.from_bytes(data[position + 4 : position + 8], "big")
+        if kind == EXT_END:
+            return
+        position += 8
+        if length > end - position:
+            raise bad(f"header extension {kind:#x} of {length} bytes does not fit", position - 8)
+        header.extensions.append((kind, bytes(data[position : position + length])))
+        position += -(-length // 8) * 8
+
+
+def _feature_names(header: Header, bits: int) -> str:
+    """Names of incompatible feature bits, from the image's own table where it has one."""
+    table = header.extension(EXT_FEATURE_NAMES) or b""
+    names = {
+        table[i + 1]: table[i + 2 : i + 48].split(b"\0")[0].decode("ascii", "replace")
+        for i in range(0, len(table) - 47, 48)
+        if table[i] == 0
+    }
+    found = [
+        f"feature '{name}' (bit {bit})" if (name := names.get(bit)) else f"an unnamed feature (bit {bit})"
+        for bit in range(64)
+        if bits >> bit & 1
+    ]
+    return ", ".join(found)
+
+
+def _check_tables(header: Header, bad: object) -> None:
+    assert callable(bad)
+    cluster_size = header.cluster_size
+    if header.size >= 1 << 63:
+        raise bad(f"virtual size {header.size} is too large", 24)
+    if header.l1_entries * 8 > MAX_L1_BYTES:
+        raise bad(f"L1 table of {header.l1_entries} entries is larger than {MAX_L1_BYTES >> 20} MiB", 36)
+    if header.l1_entries < header.l1_needed:
+        raise bad(f"L1 table of {header.l1_entries} entries is too small for {header.size} bytes", 36)
+    if header.l1_offset % cluster_size or header.l1_offset >= 1 << 56:
+        raise bad("L1 table is not at a cluster boundary", 40)
+    if header.l1_entries and not header.l1_offset:
+        raise bad("L1 table lies on the header", 40)
+    table_bytes = header.refcount_table_clusters * cluster_size
+    if table_bytes > MAX_REFCOUNT_TABLE_BYTES:
+        raise bad(
+            f"refcount table of {table_bytes} bytes is larger than {MAX_REFCOUNT_TABLE_BYTES >> 20} MiB", 56
+        )
+    if not table_bytes:
+        raise bad("the image has no refcount table", 56)
+    if header.refcount_table_offset % cluster_size or not 0 < header.refcount_table_offset < 1 << 56:
+        raise bad("refcount table is not at a cluster boundary", 48)
+    if header.snapshot_count > MAX_SNAPSHOTS:
+        raise bad(f"{header.snapshot_count} snapshots are more than {MAX_SNAPSHOTS}", 60)
+    if header.snapshot_count and (header.snapshots_offset % cluster_size or not header.snapshots_offset):
+        raise bad("snapshot table is not at a cluster boundary", 64)
+
+
+# -- compressed cluster descriptors ("Compressed Clusters Descriptor") ---------------------
+#
+#   bits 0 .. x-1     host offset of the packed data, any byte
+#   bits x .. 61      additional 512-byte sectors after the one the offset is in
+#   with x = 62 - (cluster_bits - 8)
+
+
+def unpack_compressed(entry: int, cluster_bits: int) -> tuple[int, int]:
+    """(host offset, bytes to read) of a compressed cluster; the count runs to a sector's end."""
+    shift = 62 - (cluster_bits - 8)
+    host = entry & (1 << shift) - 1
+    sectors = (entry & COMPRESSED - 1) >> shift
+    return host, (sectors + 1) * 512 - host % 512
+
+
+def pack_compressed(host: int, length: int, cluster_bits: int) -> int:
+    """The L2 entry of `length` packed bytes at `host`."""
+    shift = 62 - (cluster_bits - 8)
+    sectors = (host + length - 1) // 512 - host // 512
+    return COMPRESSED | sectors << shift | host
+
+
+# -- snapshots ("Snapshots") ---------------------------------------------------------------
+
+_SNAPSHOT = Struct(">QIHHIIQII")
+
+
+class SnapshotEntry:
+    """One entry of the snapshot table.
+
+    disk_size: virtual size in bytes when it was taken; vm_state_size: bytes of VM state.
+    date_s, date_ns: when it was taken; vm_clock_ns: guest time; icount: None if not stored.
+    """
+
+    __slots__ = (
+        "date_ns",
+        "date_s",
+        "disk_size",
+        "extra",
+        "icount",
+        "id",
+        "l1_entries",
+        "l1_offset",
+        "name",
+        "vm_clock_ns",
+        "vm_state_size",
+    )
+
+    def __init__(self) -> None:
+        self.l1_offset = 0
+        self.l1_entries = 0
+        self.id = ""
+        self.name = ""
+        self.date_s = 0
+        self.date_ns = 0
+        self.vm_clock_ns = 0
+        self.vm_state_size = 0
+        self.disk_size = 0
+        self.icount: int | None = None
+        self.extra = b""
+
+
+def parse_snapshots(
+    data: bytes | bytearray, header: Header, *, path: str = ""
+) -> tuple[list[SnapshotEntry], int]:
+    """(the snapshot table's entries, the table's length in bytes). `data` may run on after it.
+
+    Raises CorruptImageError.
+    """
+    entries = []
+    position = 0
+    for number in range(header.snapshot_count):
+        if position + _SNAPSHOT.size > len(data):
+            raise CorruptImageError(
+                f"snapshot table ends inside entry {number}", path=path, offset=header.snapshots_offset
+            )
+        entry = SnapshotEntry()
+        (
+            entry.l1_offset,
+            entry.l1_entries,
+            id_length,
+            name_length,
+            entry.date_s,
+            entry.date_ns,
+            entry.vm_clock_ns,
+            small_vm_state,
+            extra_length,
+        ) = _SNAPSHOT.unpack_from(data, position)
+        position += _SNAPSHOT.size
+        end = position + extra_length + id_length + name_length
+        if end > len(data):
+            raise CorruptImageError(
+                f"snapshot table ends inside entry {number}", path=path, offset=header.snapshots_offset
+            )
+        extra = bytes(data[position : position + extra_length])
+        position += extra_length
+        entry.vm_state_size = int.from_bytes(extra[0:8], "big") if len(extra) >= 8 else small_vm_state
+        entry.disk_size = int.from_bytes(extra[8:16], "big") if len(extra) >= 16 else header.size
+        if len(extra) >= 24 and extra[16:24] != b"\xff" * 8:
+            entry.icount = int.from_bytes(extra[16:24], "big")
+        entry.extra = extra[24:]
+        entry.id = data[position : position + id_length].decode("utf-8", "replace")
+        position += id_length
+        entry.name = data[position : position + name_length].decode("utf-8", "replace")
+        position = -(-end // 8) * 8
+        if entry.l1_entries * 8 > MAX_L1_BYTES or entry.l1_offset % header.cluster_size:
+            raise CorruptImageError(
+                f"snapshot '{entry.name}' has {entry.l1_entries} L1 entries at {entry.l1_offset:#x}",
+                path=path,
+                offset=header.snapshots_offset,
+            )
+        entries.append(entry)
+    return entries, position
+
+
+# -- bitmaps ("Bitmaps extension", "Bitmap directory") -------------------------------------
+
+_BITMAPS_EXTENSION = Struct(">IIQQ")
+_BITMAP_ENTRY = Struct(">QIIBBHI")
+
+
+class BitmapEntry:
+    """One entry of the bitmap directory. granularity: 1 << granularity_bits bytes a bit."""
+
+    __slots__ = ("flags", "granularity_bits", "kind", "name", "table_entries", "table_offset")
+
+    IN_USE, AUTO = 1, 2
+
+    def __init__(
+        self, table_offset: int, table_entries: int, flags: int, kind: int, bits: int, name: str
+    ) -> None:
+        self.table_offset = table_offset
+        self.table_entries = table_entries
+        self.flags = flags
+        self.kind = kind
+        self.granularity_bits = bits
+        self.name = name
+
+
+def parse_bitmaps_extension(data: bytes, *, path: str = "") -> tuple[int, int, int]:
+    """(number of bitmaps, directory length in bytes, directory offset)."""
+    if len(data) < _BITMAPS_EXTENSION.size:
+        raise CorruptImageError("bitmaps extension is cut short", path=path)
+    count, reserved, length, offset = _BITMAPS_EXTENSION.unpack_from(data)
+    if reserved or count > 65535 or length > 65535 * 1112:
+        raise CorruptImageError("bitmaps extension is not valid", path=path)
+    return count, length, offset
+
+
+def parse_bitmap_directory(data: bytes | bytearray, count: int, *, path: str = "") -> list[BitmapEntry]:
+    """The bitmap directory's entries. Raises CorruptImageError."""
+    entries = []
+    position = 0
+    for number in range(count):
+        end = position + _BITMAP_ENTRY.size
+        if end > len(data):
+            raise CorruptImageError(f"bitmap directory ends inside entry {number}", path=path)
+        table, size, flags, kind, bits, name_length, extra = _BITMAP_ENTRY.unpack_from(data, position)
+        name = bytes(data[end + extra : end + extra + name_length])
+        if len(name) < name_length:
+            raise CorruptImageError(f"bitmap directory ends inside entry {number}", path=path)
+        entries.append(BitmapEntry(table, size, flags, kind, bits, name.decode("utf-8", "replace")))
+        position = -(-(end + extra + name_length) // 8) * 8
+    return entries
