@@ -113,6 +113,7 @@ class Opener:
 
     cache: cache mode of every file. lock: take QEMU's image locks (not for `--force-share`).
     gate: what names found in images may be opened. metadata_only: no guest data will be touched.
+    snapshot: id or name of the internal snapshot to show in place of the top image's active state.
     """
 
     def __init__(
@@ -123,12 +124,14 @@ class Opener:
         cache: str = "writeback",
         lock: bool = True,
         metadata_only: bool = False,
+        snapshot: str = "",
     ) -> None:
         self.runtime = runtime
         self.gate = gate
         self.cache = cache
         self.lock = lock
         self.metadata_only = metadata_only
+        self.snapshot = snapshot
 
     async def open_chain(
         self, reference: str | Options, *, format: str = "", writable: bool = False, backing: bool = True
@@ -186,7 +189,10 @@ class Opener:
                     hint="run: enban rebase -u",
                 )
             seen.add(storage.identity)
-            return await self._open_format(storage, options, format, writable)
+            node = await self._open_format(storage, options, format, writable)
+            if self.snapshot and len(seen) == 1:
+                await node.show_snapshot(self.snapshot)
+            return node
         except BaseException:
             await storage.close()
             raise
@@ -279,8 +285,11 @@ async def open_door(
     cache: str = "writeback",
     gate: Gate = SIBLINGS,
     lock: bool = True,
+    snapshot: str = "",
 ) -> Door:
     """Open a disk with its chain; both faces are made of this."""
-    opener = Opener(runtime, gate=gate, cache=cache, lock=lock)
+    if snapshot and writable:
+        raise UsageError("an internal snapshot can only be read")
+    opener = Opener(runtime, gate=gate, cache=cache, lock=lock, snapshot=snapshot)
     node = await opener.open_chain(reference, format=format, writable=writable, backing=backing)
     return Door(node, writable=writable, writethrough=cache in ("writethrough", "directsync"))

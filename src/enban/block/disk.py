@@ -69,6 +69,10 @@ class Disk:
         drive(self.door.write(data, offset, fua=fua))
         return memoryview(data).nbytes
 
+    def write_packed(self, packed: bytes, offset: int) -> None:
+        """Store one whole cluster that `enban.block.codec.deflater` of the node's codec has packed."""
+        drive(self.door.write_packed(packed, offset))
+
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
         """Make a range read as zeros; with `unmap` its space may be given back."""
         drive(self.door.write_zeroes(offset, length, unmap=unmap))

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar
 
     from ..extent import Extent
+    from .mover import PlannedWrite
     from .node import Node
+    from .requests import Request
     from .storage import ReadBuffer, WriteBuffer
 
     T = TypeVar("T")
@@ -80,6 +82,28 @@ class Door:
         if len(view):
             work = mover.write(self.node, view, offset)
             await self._run(requests.WRITE, offset, len(view), self._durable(work, fua))
+
+    async def plan_write(self, buffer: ReadBuffer, offset: int) -> tuple[PlannedWrite, Request]:
+        """Allocate for a write of at most `mover.STRIDE` bytes; `run_plan` does it. For jobs that
+        allocate in order but move bytes from several threads. See `mover.plan_write`."""
+        view = memoryview(buffer).cast("B")
+        self._check_write(offset, len(view))
+        request = self.ledger.begin(requests.WRITE, offset, len(view))
+        try:
+            return await mover.plan_write(self.node, view, offset), request
+        except BaseException as error:
+            self.ledger.end(request, error)
+            raise
+
+    async def run_plan(self, planned: tuple[PlannedWrite, Request]) -> None:
+        plan, request = planned
+        request.state = requests.IN_FLIGHT
+        try:
+            await mover.run_plan(plan)
+        except BaseException as error:
+            self.ledger.end(request, error)
+            raise
+        self.ledger.end(request)
 
     async def write_packed(self, packed: bytes, offset: int) -> None:
         """Store a compressed cluster, packed by the node's codec."""

@@ -19,6 +19,7 @@ from . import codec
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ..units import GuestOffset
+    from .locks import HeldRange
     from .node import Node, Piece
 
 # Work on a long range goes in strides, so that locks and table memory stay bounded.
@@ -116,24 +117,72 @@ async def write(node: Node, buffer: memoryview, offset: GuestOffset) -> None:
     while position < length:
         start = offset + position
         n = min(length - position, STRIDE - start % STRIDE)
-        part = buffer[position : position + n]
-        held = await node.ranges.acquire(align_down(start, node.unit), align_up(start + n, node.unit))
+        held = await lock_units(node, start, n)
         try:
-            await node.runtime.finish(_write_locked(node, part, start))
+            await node.runtime.finish(_write_locked(node, buffer[position : position + n], start))
         finally:
             node.ranges.release(held)
         position += n
 
 
+async def lock_units(node: Node, offset: GuestOffset, length: int) -> HeldRange:
+    """Wait for the units that a range touches."""
+    return await node.ranges.acquire(align_down(offset, node.unit), align_up(offset + length, node.unit))
+
+
 async def _write_locked(node: Node, buffer: memoryview, offset: GuestOffset) -> None:
     pieces = await node.reserve(offset, len(buffer))
+    await _move_and_publish(PlannedWrite(node, buffer, offset, None, pieces))
+
+
+class PlannedWrite:
+    """A write that has its space, and with `held` its locks."""
+
+    __slots__ = ("buffer", "held", "node", "offset", "pieces")
+
+    def __init__(
+        self, node: Node, buffer: memoryview, offset: GuestOffset, held: HeldRange | None, pieces: list[Piece]
+    ) -> None:
+        self.node = node
+        self.buffer = buffer
+        self.offset = offset
+        self.held = held
+        self.pieces = pieces
+
+
+async def plan_write(node: Node, buffer: memoryview, offset: GuestOffset) -> PlannedWrite:
+    """The first half of a write of at most STRIDE bytes: wait for the units and allocate. Space is
+    given out in the order of these calls, so a job that calls them in guest order gets an image
+    laid out in guest order whoever moves the bytes. `run_plan` must follow, once; a task that may
+    be cancelled in between calls `write` instead."""
+    await node.vet(buffer, offset)
+    held = await lock_units(node, offset, len(buffer))
     try:
-        for piece in pieces:
-            await _write_piece(node, piece, buffer, offset)
+        pieces = await node.reserve(offset, len(buffer))
     except BaseException:
-        await node.abandon(pieces)
+        node.ranges.release(held)
         raise
-    await node.publish(pieces)
+    return PlannedWrite(node, buffer, offset, held, pieces)
+
+
+async def run_plan(plan: PlannedWrite) -> None:
+    """The second half: move the bytes, publish (or abandon on an error), unlock."""
+    try:
+        await _move_and_publish(plan)
+    finally:
+        if plan.held is not None:
+            plan.node.ranges.release(plan.held)
+
+
+async def _move_and_publish(plan: PlannedWrite) -> None:
+    node = plan.node
+    try:
+        for piece in plan.pieces:
+            await _write_piece(node, piece, plan.buffer, plan.offset)
+    except BaseException:
+        await node.abandon(plan.pieces)
+        raise
+    await node.publish(plan.pieces)
 
 
 async def _write_piece(node: Node, piece: Piece, buffer: memoryview, offset: GuestOffset) -> None:
@@ -210,7 +259,7 @@ async def write_zeroes(node: Node, offset: GuestOffset, length: int, *, unmap: b
     position = first
     while position < last:
         n = min(last - position, _table_stride(node) - position % _table_stride(node))
-        held = await node.ranges.acquire(align_down(position, node.unit), align_up(position + n, node.unit))
+        held = await lock_units(node, position, n)
         try:
             done = await node.runtime.finish(node.zero(position, n, unmap=unmap))
         finally:
@@ -243,7 +292,7 @@ async def discard(node: Node, offset: GuestOffset, length: int) -> None:
     last = end if end == node.size else align_down(end, node.grain)
     while position < last:
         n = min(last - position, _table_stride(node) - position % _table_stride(node))
-        held = await node.ranges.acquire(align_down(position, node.unit), align_up(position + n, node.unit))
+        held = await lock_units(node, position, n)
         try:
             await node.runtime.finish(node.discard(position, n))
         finally:

@@ -158,6 +158,10 @@ class Node:
         """Set the virtual size; grown space reads as zeros even over a longer backing file."""
         raise UnsupportedOperationError(f"format {self.format} cannot be resized", path=self.name)
 
+    async def show_snapshot(self, name: str) -> None:
+        """Turn a node that was just opened read-only into the view of an internal snapshot."""
+        raise UnsupportedOperationError(f"format {self.format} has no internal snapshots", path=self.name)
+
     async def flush(self) -> None:
         """Make everything published durable."""
         await self.file.flush()

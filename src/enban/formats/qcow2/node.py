@@ -17,7 +17,7 @@ from array import array
 
 from ...block.locks import Mutex
 from ...block.node import Node, Piece
-from ...errors import CorruptImageError, EnbanError, ReadOnlyError, UnsupportedOperationError
+from ...errors import CorruptImageError, EnbanError, ReadOnlyError, UnsupportedOperationError, UsageError
 from ...extent import UNALLOCATED, Extent
 from ...units import align_down, align_up
 from ...wire.qcow2 import (
@@ -674,6 +674,21 @@ class Qcow2Node(Node):
             offset = after
 
     # -- size, flush, close ----------------------------------------------------------------
+
+    async def show_snapshot(self, name: str) -> None:
+        from .opening import read_snapshots, read_table
+
+        for snapshot in await read_snapshots(self.file, self.header, self.name):
+            if name in (snapshot.id, snapshot.name):
+                what = f"L1 table of snapshot '{snapshot.name}'"
+                self.l1 = await read_table(
+                    self.file, snapshot.l1_offset, snapshot.l1_entries, what, self.name
+                )
+                self.size = snapshot.disk_size
+                if len(self.l1) << self.l2_shift < self.size:
+                    raise CorruptImageError(f"{what} is too small", path=self.name, offset=snapshot.l1_offset)
+                return
+        raise UsageError(f"there is no snapshot '{name}'", path=self.name, hint="see: enban info")
 
     async def resize(self, size: int, *, preallocation: str = "off") -> None:
         from .resize import resize
