@@ -12,6 +12,7 @@ from ..errors import CorruptDataError, UnsupportedFeatureError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     Inflate = Callable[[bytes | bytearray | memoryview, int], bytes]
     Deflate = Callable[[bytes | bytearray | memoryview], bytes]
@@ -66,29 +67,35 @@ def _load_inflater(codec: str) -> Inflate:
 
 
 def _load_zstd_inflater() -> Inflate:
+    zstandard = _zstandard()
+    import threading
     from io import BytesIO
 
+    local = threading.local()  # a decompressor serves one thread at a time and is dear to make
+
+    def inflate_zstd(packed: bytes | bytearray | memoryview, size: int) -> bytes:
+        decompressor = getattr(local, "decompressor", None)
+        if decompressor is None:
+            decompressor = local.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+        data: bytes = decompressor.decompress(packed, max_output_size=size)
+        if len(data) < size:  # more than one frame
+            with decompressor.stream_reader(BytesIO(packed), read_across_frames=True) as reader:
+                data = b""
+                while len(data) < size and (piece := reader.read(size - len(data))):
+                    data += piece
+        return data
+
+    return inflate_zstd
+
+
+def _zstandard() -> Any:
     try:
-        from zstandard import ZstdDecompressor
-
-        def inflate_zstd(packed: bytes | bytearray | memoryview, size: int) -> bytes:
-            # A decompressor is not thread-safe; making one costs about a microsecond.
-            with ZstdDecompressor(max_window_size=1 << 27).stream_reader(
-                BytesIO(packed), read_across_frames=True
-            ) as reader:
-                out = bytearray()
-                while len(out) < size:
-                    piece = reader.read(size - len(out))
-                    if not piece:
-                        break
-                    out += piece
-                return bytes(out)
-
-        return inflate_zstd
+        import zstandard
     except ImportError:
         raise UnsupportedFeatureError(
             "zstd compression needs the package zstandard", hint="run: pip install zstandard"
         ) from None
+    return zstandard
 
 
 def deflater(codec: str, level: int | None = None) -> Deflate:
@@ -114,12 +121,7 @@ def deflater(codec: str, level: int | None = None) -> Deflate:
 
             return deflate_zlib
     if codec == "zstd":
-        try:
-            import zstandard
-        except ImportError:
-            raise UnsupportedFeatureError(
-                "zstd compression needs the package zstandard", hint="run: pip install zstandard"
-            ) from None
+        zstandard = _zstandard()
         import threading
 
         local = threading.local()

@@ -13,7 +13,7 @@ names them.
 from __future__ import annotations
 
 from ..extent import COMPRESSED, DATA, UNALLOCATED, ZERO, Extent
-from ..units import align_down, align_up
+from ..units import SECTOR, align_down, align_up
 from . import codec
 
 TYPE_CHECKING = False
@@ -68,7 +68,9 @@ async def read_into(node: Node, buffer: memoryview, offset: GuestOffset) -> None
         position += extent.length
         if extent.kind == DATA:
             assert extent.storage is not None
-            if not extent.storage.read_now(part, extent.host):
+            if extent.node.cipher is not None:
+                await _read_encrypted(extent, part)
+            elif not extent.storage.read_now(part, extent.host):
                 await extent.storage.read_into(part, extent.host)
         elif extent.kind == COMPRESSED:
             await _read_packed(extent, part)
@@ -80,6 +82,19 @@ def fill_zeroes(buffer: memoryview) -> None:
     for start in range(0, len(buffer), len(_ZEROES)):
         part = buffer[start : start + len(_ZEROES)]
         part[:] = _ZEROES[: len(part)]
+
+
+async def _read_encrypted(extent: Extent, part: memoryview) -> None:
+    node, lead = extent.node, extent.start % SECTOR
+    assert extent.storage is not None and node.cipher is not None
+    sectors = part
+    if lead or len(part) % SECTOR:
+        sectors = memoryview(bytearray(align_up(lead + len(part), SECTOR)))
+    if not extent.storage.read_now(sectors, extent.host - lead):
+        await extent.storage.read_into(sectors, extent.host - lead)
+    await node.runtime.offload(node.cipher.decrypt, sectors, extent.start - lead)
+    if sectors is not part:
+        part[:] = sectors[lead : lead + len(part)]
 
 
 async def _read_packed(extent: Extent, part: memoryview) -> None:
@@ -191,6 +206,12 @@ async def _write_piece(node: Node, piece: Piece, buffer: memoryview, offset: Gue
     body = buffer[first - offset : last - offset]
     storage, host = piece.storage, piece.host
     head, tail = first - piece.start, end - last
+    if node.cipher is not None:
+        head_bytes = await _surroundings(node, piece, piece.start, head)
+        tail_bytes = await _surroundings(node, piece, last, tail)
+        plain = b"".join((head_bytes or b"", body, tail_bytes or b"", bytes(-piece.length % SECTOR)))
+        await storage.write(await node.runtime.offload(node.cipher.encrypt, plain, piece.start), host)
+        return
     if piece.fill and (head or tail):
         head_bytes = await _surroundings(node, piece, piece.start, head)
         tail_bytes = await _surroundings(node, piece, last, tail)

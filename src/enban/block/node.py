@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..units import GuestOffset, HostOffset
+    from .cipher import Cipher
     from .locks import RangeLocks
     from .requests import Ledger
     from .runtime import Runtime
@@ -74,6 +75,10 @@ class Node:
     grain: the smallest range the tables can zero or discard; divides `unit`.
     file: the storage that holds the image; `data`: the storage that `locate` speaks of.
     codec: how COMPRESSED extents are packed ("zlib", "zstd"), "" if there are none.
+    cipher: what the bytes of DATA extents are encrypted with, None if they are the guest's as they are.
+        With a cipher `locate` and `locate_write` answer -1, and the pieces of `reserve` are `fill`,
+        not `clean`, and begin and end at multiples of 512 (or at `size`).
+    encrypted: whether the image says that its data is encrypted.
     backing: the node below, or None.
     backing_name, backing_format: what the image says of it ("" if nothing), kept as found.
     ledger: the requests of the disk this node is the top of; set by the door, None below it.
@@ -81,6 +86,8 @@ class Node:
 
     format: str = ""
     codec: str = ""
+    cipher: Cipher | None = None
+    encrypted: bool = False
     # Formats with a fixed cluster size pack exactly `cluster_size` guest bytes per COMPRESSED unit.
     cluster_size: int = 0
 

@@ -48,9 +48,10 @@ def lookup_standard(node: Qcow2Node, entries: array[int], offset: GuestOffset, l
     bits = node.cluster_bits
     index = offset >> bits & node.l2_mask
     last = offset + length - 1 >> bits & node.l2_mask
-    entry = entries[index] & MEANING
+    entry = entries[index]
     if entry & COMPRESSED:
         return _packed(node, entry, offset, length)
+    entry &= MEANING
     count = 1
     host = entry & OFFSET_MASK
     if host & node.cluster_mask:
