@@ -95,19 +95,23 @@ class Ledger:
                 self._wake()
 
     def _wake(self) -> None:
-        oldest = self.oldest
+        oldest = self._oldest()
         due = [entry for entry in self._drainers if entry[0] < oldest]
         if due:
             self._drainers = [entry for entry in self._drainers if entry[0] >= oldest]
             for _, waiter in due:
                 waiter.set()
 
-    @property
-    def oldest(self) -> int:
-        """Number of the oldest request in flight; one more than the newest if there is none."""
+    def _oldest(self) -> int:
         for number in self._active:
             return number
         return self.started + 1
+
+    @property
+    def oldest(self) -> int:
+        """Number of the oldest request in flight; one more than the newest if there is none."""
+        with self._guard:
+            return self._oldest()
 
     @property
     def in_flight(self) -> list[Request]:

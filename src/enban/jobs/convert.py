@@ -65,9 +65,10 @@ class ConvertResult:
 class Sources:
     """One or more disks read as if they stood one after the other."""
 
-    def __init__(self, disks: list[Disk], *, top_only: bool) -> None:
+    def __init__(self, disks: list[Disk], *, top_only: bool, dense: bool = False) -> None:
         self.disks = disks
         self.top_only = top_only
+        self.dense = dense  # zeros are copied like any other data
         self.starts: list[int] = []
         self.size = 0
         for disk in disks:
@@ -89,6 +90,8 @@ class Sources:
         extent = self.where(disk, inside, min(length, disk.size - inside))
         if self.top_only and extent.depth:
             return extent.length, SKIP
+        if self.dense:
+            return extent.length, READ
         if extent.kind in (ZERO, UNALLOCATED):
             return extent.length, ZEROES
         if extent.kind == DATA and extent.storage is not None:
@@ -140,6 +143,10 @@ def find_data(view: memoryview, grain: int) -> list[tuple[int, int]]:
     if start < len(view):
         found.append((start, len(view)))
     return found
+
+
+class _Stopped(Exception):
+    """Another thread has failed; this one's piece was not copied."""
 
 
 class _Piece:
@@ -216,12 +223,16 @@ class _Copier:
     def done(self, piece: _Piece) -> None:
         with self._guard:
             del self._running[piece.number]
-            completed = self.completed()
+            completed = self._completed()
         if self.progress is not None:
             self.progress.update(completed, self.size)
 
     def completed(self) -> int:
         """Everything before this guest offset is in the target."""
+        with self._guard:
+            return self._completed()
+
+    def _completed(self) -> int:
         return min(self._running.values(), default=self._position)
 
     def stop(self, error: BaseException) -> None:
@@ -231,11 +242,12 @@ class _Copier:
             self._turn.notify_all()
 
     def _wait_turn(self, piece: _Piece) -> None:
-        if self.out_of_order:
-            return
+        """Wait until every earlier piece has its space. Raises _Stopped if the job is over."""
         with self._guard:
-            while self._next_turn != piece.number and self.stopped is None:
+            while self._next_turn != piece.number and self.stopped is None and not self.out_of_order:
                 self._turn.wait()
+            if self.stopped is not None:
+                raise _Stopped
 
     def _end_turn(self, piece: _Piece) -> None:
         if self.out_of_order:
@@ -253,14 +265,15 @@ class _Copier:
             while (piece := self.next_piece()) is not None:
                 self._copy(piece, buffer)
                 self.done(piece)
+        except _Stopped:
+            pass
         except BaseException as error:
             self.stop(error)
 
     def _copy(self, piece: _Piece, buffer: memoryview) -> None:
         if piece.zero:
             self._wait_turn(piece)
-            if self.stopped is None:
-                self._zero(piece.start, piece.length)
+            self._zero(piece.start, piece.length)
             self._end_turn(piece)
             return
         view = buffer[: piece.length]
@@ -268,8 +281,7 @@ class _Copier:
             self._copy_packed(piece, view)
         elif self.offload:
             self._wait_turn(piece)
-            if self.stopped is None:
-                self._copy_in_host(piece, view)
+            self._copy_in_host(piece, view)
             self._end_turn(piece)
         else:
             self._copy_plain(piece, view)
@@ -307,8 +319,6 @@ class _Copier:
                 writes.extend((first + a, first + b) for a, b in find_data(view[first:last], self.grain))
         door = self.target.door
         self._wait_turn(piece)
-        if self.stopped is not None:
-            return
         plans = []
         try:
             self._zero_between(piece, writes)
@@ -353,8 +363,6 @@ class _Copier:
             small = deflate(data)
             packed.append((first, small if len(small) < cluster else None))
         self._wait_turn(piece)
-        if self.stopped is not None:
-            return
         try:
             for first, small_or_none in packed:
                 if small_or_none is not None:
@@ -499,7 +507,7 @@ def convert(
                     )
                 )
             )
-        inputs = Sources(disks, top_only=bool(wanted.get("backing_file")))
+        inputs = Sources(disks, top_only=bool(wanted.get("backing_file")), dense=sparse_size == 0)
         if target == "-":
             from enban.jobs.streams import write_stdout
 
