@@ -15,26 +15,24 @@ from __future__ import annotations
 import os
 import threading
 
-from enban.jobs.create import prepare_target
-
-from enban.block.codec import deflater
-from enban.block.disk import Disk
-from enban.block.gate import TRUSTED
-from enban.block.runtime import BLOCKING, drive
-from enban.catalog import open_door
-from enban.errors import EnbanError, InternalError, UsageError
-from enban.extent import DATA, UNALLOCATED, ZERO
-from enban.units import align_down, align_up
+from ..block.codec import deflater
+from ..block.disk import Disk
+from ..block.gate import TRUSTED
+from ..block.runtime import BLOCKING, drive
+from ..catalog import open_door
+from ..errors import EnbanError, InternalError, UsageError
+from ..extent import DATA, UNALLOCATED, ZERO
+from ..units import align_down, align_up
+from .create import prepare_target
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from enban.jobs.progress import Progress
-
-    from enban.block.gate import Gate
-    from enban.extent import Extent
+    from ..block.gate import Gate
+    from ..extent import Extent
+    from .progress import Progress
 
     Reference = str | dict[str, Any]
 
@@ -482,7 +480,7 @@ def convert(
         if backing_format:
             wanted["backing_fmt"] = backing_format
     if sources == ["-"]:
-        from enban.jobs.streams import convert_stdin
+        from .streams import convert_stdin
 
         return convert_stdin(
             target, target_format, wanted, cache=target_cache, gate=gate, compress=compress, progress=progress
@@ -509,7 +507,7 @@ def convert(
             )
         inputs = Sources(disks, top_only=bool(wanted.get("backing_file")), dense=sparse_size == 0)
         if target == "-":
-            from enban.jobs.streams import write_stdout
+            from .streams import write_stdout
 
             return write_stdout(inputs, target_format, progress)
         run = _Run(inputs, target, target_format, wanted)
@@ -574,7 +572,7 @@ class _Run:
         return self._finished(copier)
 
     def resumable(self, references: list[Reference]) -> ConvertResult:
-        from enban.jobs.journal import Journal
+        from .journal import Journal
 
         size = align_up(self.sources.size, 512)
         facts = [self.format, self.options, self.compress, self.sparse_size, size]

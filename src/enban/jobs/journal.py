@@ -11,15 +11,15 @@ import json
 import os
 import time
 
-from enban.errors import from_oserror
-from enban.storage import host
+from ..errors import from_oserror
+from ..storage import host
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from enban.block.disk import Disk
-    from enban.block.node import Node
+    from ..block.disk import Disk
+    from ..block.node import Node
 
 INTERVAL_S = 5.0
 

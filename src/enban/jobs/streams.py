@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import sys
 
-from enban.jobs.create import prepare_target
-
-from enban.block.codec import deflater
-from enban.errors import HostError, UsageError, from_oserror
-from enban.jobs.convert import PIECE, READ, ConvertResult, find_data, is_zero
-from enban.units import align_up
+from ..block.codec import deflater
+from ..errors import HostError, UsageError, from_oserror
+from ..units import align_up
+from .convert import PIECE, READ, ConvertResult, find_data, is_zero
+from .create import prepare_target
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from enban.jobs.progress import Progress
-
-    from enban.block.disk import Disk
-    from enban.block.gate import Gate
-    from enban.jobs.convert import Sources
+    from ..block.disk import Disk
+    from ..block.gate import Gate
+    from .convert import Sources
+    from .progress import Progress
 
 
 def write_stdout(sources: Sources, format: str, progress: Progress | None) -> ConvertResult:
