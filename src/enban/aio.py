@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .block.node import Node
     from .block.storage import ReadBuffer, WriteBuffer
     from .extent import Extent
+    from .wire.qcow2 import SnapshotEntry
 
     T = TypeVar("T")
     Ts = TypeVarTuple("Ts")
@@ -169,6 +170,23 @@ class AsyncDisk:
     async def resize(self, size: int, *, preallocation: str = "off") -> None:
         """Set the virtual size in bytes. Bytes beyond a smaller size are lost; new ones read as zeros."""
         await self.door.resize(size, preallocation=preallocation)
+
+    @property
+    def snapshots(self) -> list[SnapshotEntry]:
+        """The internal snapshots, oldest first: id, name, date_s, disk_size, vm_state_size, ..."""
+        return self.door.node.snapshots_here()
+
+    async def create_snapshot(self, name: str) -> SnapshotEntry:
+        """Keep the present state inside the image. Raises UsageError if the name is taken."""
+        return await self.door.create_snapshot(name)
+
+    async def apply_snapshot(self, name: str) -> None:
+        """Go back to a snapshot (id or name): its bytes and its virtual size."""
+        await self.door.apply_snapshot(name)
+
+    async def delete_snapshot(self, name: str) -> None:
+        """Remove a snapshot (id or name)."""
+        await self.door.delete_snapshot(name)
 
     async def close(self) -> None:
         """Let requests in flight end, write out what is in memory, release the files."""

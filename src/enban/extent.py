@@ -22,7 +22,8 @@ class Extent:
 
     start, length: guest bytes.
     kind: DATA, ZERO, COMPRESSED or UNALLOCATED.
-    storage, host: for DATA the place of the first byte; for ZERO the place of a reserved
+    storage, host: for DATA the place of the first byte (storage is None where the bytes there are
+        encrypted: only the mover, with the node's cipher, can use them); for ZERO the place of a reserved
         (preallocated) cluster or None, -1; for COMPRESSED the place of the packed bytes.
     packed: for COMPRESSED, the number of bytes at `host` that hold the packed unit
         (an upper bound where the format only stores whole sectors).

@@ -49,7 +49,9 @@ class MissingKey(Cipher):
 
 def no_passphrase(name: str) -> UsageError:
     return UsageError(
-        "the image is encrypted and no passphrase was given", path=name, hint="give the option encrypt.key-file=FILE"
+        "the image is encrypted and no passphrase was given",
+        path=name,
+        hint="give the option encrypt.key-file=FILE",
     )
 
 
@@ -72,7 +74,11 @@ class LegacyAes(Cipher):
             ) from None
         # A passphrase ends at a zero byte, as it does in a program in C.
         key = algorithms.AES(passphrase.split(b"\0")[0][:_KEY_BYTES].ljust(_KEY_BYTES, b"\0"))
-        self._start = lambda vector: LibraryCipher(key, modes.CBC(vector))
+
+        def start(vector: bytes) -> LibraryCipher[modes.CBC]:
+            return LibraryCipher(key, modes.CBC(vector))
+
+        self._start = start
 
     # One context for many sectors is several times as fast as one for each. Run on from one
     # sector to the next, CBC mixes the ciphertext before a sector into its first block in

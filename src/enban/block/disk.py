@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from ..extent import Extent
+    from ..wire.qcow2 import SnapshotEntry
     from .door import Door
     from .node import Node
     from .storage import ReadBuffer, WriteBuffer
@@ -109,6 +110,23 @@ class Disk:
                 f"range {offset}+{length} is outside the disk of {self.size} bytes", path=self.name
             )
         return DiskStream(self, offset, length)
+
+    @property
+    def snapshots(self) -> list[SnapshotEntry]:
+        """The internal snapshots, oldest first: id, name, date_s, disk_size, vm_state_size, ..."""
+        return self.door.node.snapshots_here()
+
+    def create_snapshot(self, name: str) -> SnapshotEntry:
+        """Keep the present state inside the image. Raises UsageError if the name is taken."""
+        return drive(self.door.create_snapshot(name))
+
+    def apply_snapshot(self, name: str) -> None:
+        """Go back to a snapshot (id or name): its bytes and its virtual size."""
+        drive(self.door.apply_snapshot(name))
+
+    def delete_snapshot(self, name: str) -> None:
+        """Remove a snapshot (id or name)."""
+        drive(self.door.delete_snapshot(name))
 
     def close(self) -> None:
         drive(self.door.close())

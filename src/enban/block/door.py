@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar
 
     from ..extent import Extent
+    from ..wire.qcow2 import SnapshotEntry
     from .mover import PlannedWrite
     from .node import Node
     from .requests import Request
@@ -149,6 +150,44 @@ class Door:
         await self.ledger.drain()
         work = self.node.resize(size, preallocation=preallocation)
         await self._run(requests.RESIZE, 0, size, self.runtime.finish(work))
+
+    async def create_snapshot(self, name: str, *, snapshot_id: str = "") -> SnapshotEntry:
+        """Keep the present state as an internal snapshot, while I/O goes on: writes that were done before
+        the call are in it, writes that begin after it returns are not, those in between may be."""
+        from time import time_ns
+
+        from ..wire.qcow2 import SnapshotEntry
+
+        self._check_write(0, 0)
+        entry = SnapshotEntry()
+        entry.name, entry.id = name, snapshot_id
+        entry.date_s, entry.date_ns = divmod(time_ns(), 10**9)
+        await self._alone(self.node.create_snapshot(entry))
+        return entry
+
+    async def apply_snapshot(self, name: str) -> None:
+        """Go back to an internal snapshot, by id or name; the virtual size becomes that of then."""
+        self._check_write(0, 0)
+        await self._alone(self.node.apply_snapshot(name))
+
+    async def delete_snapshot(self, name: str) -> None:
+        """Remove an internal snapshot, by id or name."""
+        self._check_write(0, 0)
+        await self._alone(self.node.delete_snapshot(name))
+
+    async def _alone(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do work that changes all tables at once. Allocating writes wait for it; writes in place that
+        were under way have ended when this returns."""
+        try:
+            held = await self.node.ranges.acquire(0, 1 << 63)
+        except BaseException:
+            work.close()
+            raise
+        try:
+            await self.runtime.finish(work)
+        finally:
+            self.node.ranges.release(held)
+        await self.ledger.drain()
 
     async def close(self) -> None:
         """Let requests in flight end, flush, and release every storage of the chain.

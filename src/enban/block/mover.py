@@ -67,8 +67,7 @@ async def read_into(node: Node, buffer: memoryview, offset: GuestOffset) -> None
         part = buffer[position : position + extent.length]
         position += extent.length
         if extent.kind == DATA:
-            assert extent.storage is not None
-            if extent.node.cipher is not None:
+            if extent.storage is None:
                 await _read_encrypted(extent, part)
             elif not extent.storage.read_now(part, extent.host):
                 await extent.storage.read_into(part, extent.host)
@@ -86,12 +85,12 @@ def fill_zeroes(buffer: memoryview) -> None:
 
 async def _read_encrypted(extent: Extent, part: memoryview) -> None:
     node, lead = extent.node, extent.start % SECTOR
-    assert extent.storage is not None and node.cipher is not None
+    assert node.cipher is not None
     sectors = part
     if lead or len(part) % SECTOR:
         sectors = memoryview(bytearray(align_up(lead + len(part), SECTOR)))
-    if not extent.storage.read_now(sectors, extent.host - lead):
-        await extent.storage.read_into(sectors, extent.host - lead)
+    if not node.data.read_now(sectors, extent.host - lead):
+        await node.data.read_into(sectors, extent.host - lead)
     await node.runtime.offload(node.cipher.decrypt, sectors, extent.start - lead)
     if sectors is not part:
         part[:] = sectors[lead : lead + len(part)]

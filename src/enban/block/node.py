@@ -20,13 +20,14 @@ Rules for implementers:
 from __future__ import annotations
 
 from ..errors import UnsupportedOperationError
-from ..extent import Extent
+from ..extent import COMPRESSED, Extent
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
     from ..units import GuestOffset, HostOffset
+    from ..wire.qcow2 import SnapshotEntry
     from .cipher import Cipher
     from .locks import RangeLocks
     from .requests import Ledger
@@ -76,8 +77,8 @@ class Node:
     file: the storage that holds the image; `data`: the storage that `locate` speaks of.
     codec: how COMPRESSED extents are packed ("zlib", "zstd"), "" if there are none.
     cipher: what the bytes of DATA extents are encrypted with, None if they are the guest's as they are.
-        With a cipher `locate` and `locate_write` answer -1, and the pieces of `reserve` are `fill`,
-        not `clean`, and begin and end at multiples of 512 (or at `size`).
+        With a cipher `locate` and `locate_write` answer -1, DATA extents say `storage` None, and the
+        pieces of `reserve` are `fill`, not `clean`, and begin and end at multiples of 512 (or at `size`).
     encrypted: whether the image says that its data is encrypted.
     backing: the node below, or None.
     backing_name, backing_format: what the image says of it ("" if nothing), kept as found.
@@ -169,6 +170,23 @@ class Node:
         """Turn a node that was just opened read-only into the view of an internal snapshot."""
         raise UnsupportedOperationError(f"format {self.format} has no internal snapshots", path=self.name)
 
+    def snapshots_here(self) -> list[SnapshotEntry]:
+        """The internal snapshots, oldest first."""
+        return []
+
+    async def create_snapshot(self, snapshot: SnapshotEntry) -> None:
+        """Keep the present state as an internal snapshot. For this and the next two the range lock of the
+        whole disk is held. They happen as a whole or not at all, whatever fails."""
+        raise UnsupportedOperationError(f"format {self.format} has no internal snapshots", path=self.name)
+
+    async def apply_snapshot(self, name: str) -> None:
+        """Go back to a snapshot, named by id or name: its bytes and its virtual size."""
+        raise UnsupportedOperationError(f"format {self.format} has no internal snapshots", path=self.name)
+
+    async def delete_snapshot(self, name: str) -> None:
+        """Remove a snapshot."""
+        raise UnsupportedOperationError(f"format {self.format} has no internal snapshots", path=self.name)
+
     async def flush(self) -> None:
         """Make everything published durable."""
         await self.file.flush()
@@ -185,8 +203,32 @@ class Node:
         finally:
             await self.file.close()
 
-    # -- facts -----------------------------------------------------------------------------
+    # -- facts and upkeep --------------------------------------------------------------------
 
-    def specific(self) -> dict[str, Any]:
-        """Format-specific facts, keys as in qemu-img's `format-specific` data; {} if none."""
+    def runs(self, offset: GuestOffset, length: int) -> list[tuple[GuestOffset, int, int, HostOffset]] | None:
+        """`lookup` for those who list a whole disk: many extents from `offset` on, as plain
+        (start, length, kind, host). COMPRESSED units that follow each other may be one run, with
+        host -1; an UNALLOCATED run has the host offset of space kept for it, else -1."""
+        extent = self.lookup(offset, length)
+        if extent is None:
+            return None
+        host = -1 if extent.kind == COMPRESSED else extent.host
+        return [(offset, extent.length, extent.kind, host)]
+
+    async def holes(self) -> bool:
+        """Whether DATA is likely to lie over holes of the storage, so that asking it pays."""
+        return False
+
+    async def describe(self) -> dict[str, Any]:
+        """What the image says of itself, under qemu-img info's names, as far as the format has them:
+        `encrypted`, `cluster-size`, `snapshots`, `dirty-flag` and `format-specific`."""
         return {}
+
+    async def set_backing(self, name: str, format: str = "") -> None:
+        """Name another backing file, or none (""), durably and at once: after a crash the image has
+        the old name or the new. Guest data and `backing` stay as they are."""
+        raise UnsupportedOperationError(f"format {self.format} has no backing files", path=self.name)
+
+    async def make_empty(self) -> None:
+        """Forget all guest data, so that the backing file shows everywhere. Nothing else is in flight."""
+        raise UnsupportedOperationError(f"format {self.format} cannot be emptied", path=self.name)

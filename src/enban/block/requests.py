@@ -4,6 +4,9 @@ Each guest request is a `Request` in the `Ledger` of its disk from the moment th
 lets it in until it is done, failed or cancelled. The ledger shows what is in flight and
 for how long, lets a caller drain the disk, and keeps the books: started always equals
 done + failed + cancelled + in flight.
+
+A server that answers many requests in one go enters them as a batch: one entry stands for
+all of them while they touch the disk, and at its end says how many they were.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ DISCARD = "discard"
 ZERO = "write-zeroes"
 MAP = "map"
 RESIZE = "resize"
+BATCH = "batch"
 
 # Where a request is in its life.
 SUBMITTED = "submitted"
@@ -57,15 +61,29 @@ class Request:
 
 
 class Ledger:
-    """All requests of one disk. Thread-safe."""
+    """All requests of one disk. Thread-safe.
 
-    __slots__ = ("_active", "_drainers", "_guard", "_runtime", "cancelled", "done", "failed", "started")
+    started, done, failed, cancelled: how many requests. newest: number of the newest entry.
+    """
+
+    __slots__ = (
+        "_active",
+        "_drainers",
+        "_guard",
+        "_runtime",
+        "cancelled",
+        "done",
+        "failed",
+        "newest",
+        "started",
+    )
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._guard = _thread.allocate_lock()
         self._active: dict[int, Request] = {}  # by number, oldest first
         self._drainers: list[tuple[int, Waiter]] = []
+        self.newest = 0
         self.started = 0
         self.done = 0
         self.failed = 0
@@ -73,9 +91,31 @@ class Ledger:
 
     def begin(self, operation: str, offset: int, length: int) -> Request:
         with self._guard:
-            self.started = number = self.started + 1
+            self.started += 1
+            self.newest = number = self.newest + 1
             request = self._active[number] = Request(number, operation, offset, length)
         return request
+
+    def begin_batch(self) -> Request:
+        """From here to `end_batch` the caller answers requests by the node's short cuts: what
+        `locate` and `locate_write` tell it in between stays in place. Requests of the batch
+        that pass the door after all are entered there like any other."""
+        with self._guard:
+            self.newest = number = self.newest + 1
+            batch = self._active[number] = Request(number, BATCH, 0, 0)
+        batch.state = IN_FLIGHT
+        return batch
+
+    def end_batch(self, batch: Request, done: int) -> None:
+        """`done` requests were answered by short cuts, all of them successfully."""
+        with self._guard:
+            if self._active.pop(batch.number, None) is None:
+                raise InternalError(f"{batch!r} ended twice", hint="please report this")
+            self.started += done
+            self.done += done
+            batch.state = DONE
+            if self._drainers:
+                self._wake()
 
     def end(self, request: Request, error: BaseException | None = None) -> None:
         """Close a request's book. A second end is a bug and is refused."""
@@ -125,7 +165,7 @@ class Ledger:
             if not self._active:
                 return
             waiter = self._runtime.waiter()
-            entry = (self.started, waiter)
+            entry = (self.newest, waiter)
             self._drainers.append(entry)
         try:
             await waiter.wait()

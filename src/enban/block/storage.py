@@ -45,6 +45,11 @@ class Storage:
         """Bytes of the host's medium in use."""
         return self.size()
 
+    def plain_fd(self) -> int:
+        """A descriptor to which positioned reads, and writes inside `size()`, may go directly,
+        past this storage; -1 if there is none. Valid until `close`."""
+        return -1
+
     def read_now(self, buffer: WriteBuffer, offset: HostOffset) -> bool:
         """Fill `buffer` if that needs no waiting; False leaves its content undefined."""
         return False

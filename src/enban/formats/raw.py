@@ -86,6 +86,9 @@ class RawNode(Node):
         # Zeros are what a hole reads as; saying so keeps the promise on storages without holes too.
         await self.file.write_zeroes(self.base + offset, length, unmap=True)
 
+    async def holes(self) -> bool:
+        return True
+
     async def resize(self, size: int, *, preallocation: str = "off") -> None:
         if self.sliced:
             raise UnsupportedOperationError("a slice of an image cannot be resized", path=self.name)

@@ -59,6 +59,9 @@ class FileStorage(Storage):
         """The descriptor, for callers that send or map the file themselves."""
         return self._fd
 
+    def plain_fd(self) -> int:
+        return self._fd if self._direct < 0 else -1
+
     def size(self) -> int:
         return self._size
 

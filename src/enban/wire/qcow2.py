@@ -191,7 +191,8 @@ class Header:
     def build(self) -> bytes:
         """The header cluster's used part: fields, extensions, backing name.
 
-        Raises UnsupportedOperationError if it does not fit in one cluster.
+        The feature name table, which only helps error messages, gives way where a cluster has no
+        room for it. Raises UnsupportedOperationError if the rest does not fit in one cluster.
         """
         length = 72 if self.version == 2 else self.header_length
         tail = bytearray()
@@ -226,6 +227,9 @@ class Header:
                 out += bytes(length - len(out))
         out += tail + self.backing_name
         if len(out) > self.cluster_size:
+            if self.extension(EXT_FEATURE_NAMES) is not None:
+                self.set_extension(EXT_FEATURE_NAMES, None)
+                return self.build()
             raise UnsupportedOperationError(
                 f"the header needs {len(out)} bytes but a cluster has {self.cluster_size}",
                 hint="use a larger cluster size or a shorter backing file name",
@@ -503,6 +507,34 @@ def parse_snapshots(
             )
         entries.append(entry)
     return entries, position
+
+
+def build_snapshots(entries: list[SnapshotEntry]) -> bytes:
+    """The snapshot table of these entries. Raises UnsupportedOperationError if it would be too large."""
+    out = bytearray()
+    for entry in entries:
+        icount = 0xFFFF_FFFF_FFFF_FFFF if entry.icount is None else entry.icount
+        numbers = (entry.vm_state_size, entry.disk_size, icount)
+        extra = b"".join(number.to_bytes(8, "big") for number in numbers) + entry.extra
+        ident, name = entry.id.encode(), entry.name.encode()
+        if len(ident) > 0xFFFF or len(name) > 0xFFFF:
+            raise UnsupportedOperationError("a snapshot's name is longer than 65535 bytes")
+        out += _SNAPSHOT.pack(
+            entry.l1_offset,
+            entry.l1_entries,
+            len(ident),
+            len(name),
+            entry.date_s,
+            entry.date_ns,
+            entry.vm_clock_ns,
+            min(entry.vm_state_size, 0xFFFF_FFFF),
+            len(extra),
+        )
+        out += extra + ident + name
+        out += bytes(-len(out) % 8)
+    if len(out) > MAX_SNAPSHOT_TABLE_BYTES or len(entries) > MAX_SNAPSHOTS:
+        raise UnsupportedOperationError("the image cannot hold more snapshots")
+    return bytes(out)
 
 
 # -- bitmaps ("Bitmaps extension", "Bitmap directory") -------------------------------------

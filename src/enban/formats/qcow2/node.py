@@ -28,7 +28,6 @@ from ...wire.qcow2 import (
     COPIED,
     CORRUPT,
     EXTERNAL_DATA,
-    LAZY_REFCOUNTS,
     OFFSET_MASK,
     REFTABLE_MASK,
     SUBCLUSTERS,
@@ -199,17 +198,19 @@ class Qcow2Node(Node):
         table = self.cache.tables.get(index)
         if table is None:
             offset = self.l1[index] & OFFSET_MASK
-            if offset & self.cluster_mask or not offset or offset + self.cluster_size > self.file.size():
-                raise CorruptImageError(
-                    f"L2 table {index} at {offset:#x} is not inside the file",
-                    path=self.name,
-                    offset=self.header.l1_offset + index * 8,
-                    hint="run: enban check -r all",
-                )
-            raw = await self.file.read(offset, self.cluster_size)
-            table = L2Table(offset, from_big_endian(raw), fresh=False)
+            table = L2Table(offset, await self.read_l2(offset), fresh=False)
             self.cache.insert(index, table)
         return table
+
+    async def read_l2(self, offset: HostOffset) -> array[int]:
+        """The entries of the L2 table at a host offset, from the file."""
+        if offset & self.cluster_mask or not offset or offset + self.cluster_size > self.file.size():
+            raise CorruptImageError(
+                f"L2 table at {offset:#x} is not inside the file",
+                path=self.name,
+                hint="run: enban check -r all",
+            )
+        return from_big_endian(await self.file.read(offset, self.cluster_size))
 
     # -- preparing a change ----------------------------------------------------------------
 
@@ -525,18 +526,24 @@ class Qcow2Node(Node):
     async def _drop_packed(self, host: HostOffset, length: int) -> None:
         for cluster in range(host >> self.cluster_bits, (host + length - 1 >> self.cluster_bits) + 1):
             if not await self.refcounts.add(cluster, -1):
-                self._forget_packed(cluster)
+                self._forget_clusters(cluster, 1)
 
-    def _forget_packed(self, cluster: Cluster) -> None:
-        if self.packed_end - 1 >> self.cluster_bits == cluster:
+    def _forget_clusters(self, first: Cluster, count: int) -> None:
+        """Clusters are free: nothing may be known of their old content."""
+        if first <= self.packed_end - 1 >> self.cluster_bits < first + count:
             self.packed_end = 0
         self.generation += 1
         self.unpacked.clear()
+        metadata, bits = self.refcounts.metadata, self.cluster_bits
+        if count > len(metadata):
+            metadata.difference_update([m for m in metadata if first << bits <= m < first + count << bits])
+        else:
+            metadata.difference_update(range(first << bits, first + count << bits, 1 << bits))
 
     # -- leaving the mapping ---------------------------------------------------------------
 
     def _unlink(self, cluster: Cluster, count: int) -> None:
-        youngest = self.ledger.started if self.ledger is not None else 0
+        youngest = self.ledger.newest if self.ledger is not None else 0
         if self.unlinked:
             first, n, _ = self.unlinked[-1]
             if first + n == cluster:
@@ -560,18 +567,26 @@ class Qcow2Node(Node):
         if not due:
             return
         self.quarantine = [entry for entry in self.quarantine if entry[2] >= oldest]
-        for first, count, _ in due:
-            run = first
-            for cluster in range(first, first + count):
-                if await self.refcounts.add(cluster, -1):
-                    await self._give_back(run, cluster)
-                    run = cluster + 1
-                else:
-                    self.refcounts.metadata.discard(cluster << self.cluster_bits)
-                    self._forget_packed(cluster)
-            await self._give_back(run, first + count)
+        run = end = 0  # free clusters not given back yet
+        try:
+            while due:
+                first, count, _ = due[0]
+                span, left = await self.refcounts.drop_span(first, count)
+                due[0] = (first + span, count - span, 0)
+                if span == count:
+                    del due[0]
+                if not left:
+                    self._forget_clusters(first, span)
+                    if first != end:
+                        await self.give_back(run, end)
+                        run = first
+                    end = first + span
+        finally:
+            self.quarantine.extend(due)  # if a refcount block could not be read, the rest stays due
+            await self.give_back(run, end)
 
-    async def _give_back(self, first: Cluster, end: Cluster) -> None:
+    async def give_back(self, first: Cluster, end: Cluster) -> None:
+        """Tell the host that the space of free clusters is not needed."""
         if self.pass_discards and end > first:
             try:
                 await self.file.discard(first << self.cluster_bits, end - first << self.cluster_bits)
@@ -651,7 +666,9 @@ class Qcow2Node(Node):
             bitmap = entries[i + 1] if self.extended else 0
             whole = after - offset == self.cluster_size
             used = bool(entry) or bool(bitmap)
-            if used or flag_needed:
+            if entry & COMPRESSED and not whole:
+                pass  # a part of a compressed cluster cannot be discarded
+            elif used or flag_needed:
                 keep = self.present(entry) and not entry & COMPRESSED and not unmap
                 if self.extended:
                     first = (offset & self.cluster_mask) >> self.grain_bits
@@ -690,6 +707,24 @@ class Qcow2Node(Node):
                 return
         raise UsageError(f"there is no snapshot '{name}'", path=self.name, hint="see: enban info")
 
+    def snapshots_here(self) -> list[SnapshotEntry]:
+        return list(self.snapshots)
+
+    async def create_snapshot(self, snapshot: SnapshotEntry) -> None:
+        from .snapshots import create
+
+        await create(self, snapshot)
+
+    async def apply_snapshot(self, name: str) -> None:
+        from .snapshots import apply
+
+        await apply(self, name)
+
+    async def delete_snapshot(self, name: str) -> None:
+        from .snapshots import delete
+
+        await delete(self, name)
+
     async def resize(self, size: int, *, preallocation: str = "off") -> None:
         from .resize import resize
 
@@ -702,7 +737,7 @@ class Qcow2Node(Node):
 
     async def flush(self) -> None:
         if self.writable:
-            await barrier(self)
+            await self.runtime.finish(barrier(self))
 
     async def corrupted(self) -> None:
         if not self.writable:
@@ -736,18 +771,29 @@ class Qcow2Node(Node):
             finally:
                 await self.file.close()
 
-    # -- facts -----------------------------------------------------------------------------
+    # -- facts and upkeep --------------------------------------------------------------------
 
-    def specific(self) -> dict[str, Any]:
-        header = self.header
-        facts: dict[str, Any] = {
-            "compat": "0.10" if header.version == 2 else "1.1",
-            "compression-type": self.codec,
-        }
-        if header.version > 2:
-            facts["lazy-refcounts"] = bool(header.compatible & LAZY_REFCOUNTS)
-        facts["refcount-bits"] = header.refcount_bits
-        if header.version > 2:
-            facts["corrupt"] = bool(header.incompatible & CORRUPT)
-            facts["extended-l2"] = self.extended
-        return facts
+    def runs(self, offset: GuestOffset, length: int) -> list[tuple[GuestOffset, int, int, HostOffset]] | None:
+        from .runs import runs
+
+        return runs(self, offset, length)
+
+    async def holes(self) -> bool:
+        from .facts import holes
+
+        return await holes(self)
+
+    async def describe(self) -> dict[str, Any]:
+        from .facts import describe
+
+        return await describe(self)
+
+    async def set_backing(self, name: str, format: str = "") -> None:
+        from .upkeep import set_backing
+
+        await set_backing(self, name, format)
+
+    async def make_empty(self) -> None:
+        from .upkeep import make_empty
+
+        await make_empty(self)

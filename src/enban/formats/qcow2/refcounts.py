@@ -66,6 +66,14 @@ class PackedCounts:
                 index += 1
         raise ValueError
 
+    def uniform(self, first: int, count: int) -> bool:
+        """Whether a run of entries is known to be all the same."""
+        return False
+
+    def fill(self, first: int, count: int, value: int) -> None:
+        for index in range(first, first + count):
+            self[index] = value
+
     def big_endian(self, start: int, end: int) -> bytes:
         return bytes(self._raw[start:end])
 
@@ -91,6 +99,14 @@ class WideCounts:
 
     def index(self, value: int, start: int = 0) -> int:
         return self._items.index(value, start)
+
+    def uniform(self, first: int, count: int) -> bool:
+        """Whether a run of entries is known to be all the same."""
+        items = self._items
+        return items[first : first + count] == array(items.typecode, items[first : first + 1]) * count
+
+    def fill(self, first: int, count: int, value: int) -> None:
+        self._items[first : first + count] = array(self._items.typecode, (value,)) * count
 
     def big_endian(self, start: int, end: int) -> bytes:
         size = self._items.itemsize
@@ -179,9 +195,7 @@ class Refcounts:
     # -- changing --------------------------------------------------------------------------
 
     def _set(self, block: Block, first: int, count: int, value: int) -> None:
-        counts = block.counts
-        for index in range(first, first + count):
-            counts[index] = value
+        block.counts.fill(first, count, value)
         self._touch(block, first, count)
 
     def _touch(self, block: Block, first: int, count: int) -> None:
@@ -212,11 +226,50 @@ class Refcounts:
             self.hint = min(self.hint, cluster)
         return count
 
+    async def add_run(self, cluster: Cluster, count: int, change: int) -> None:
+        """`add` for adjacent clusters that all stay in use, at once where they have equal counts."""
+        while count:
+            first = cluster % self.per_block
+            span = min(count, self.per_block - first)
+            block = await self.block(cluster // self.per_block)
+            value = block.counts[first] + change if block else 0
+            if block is None or not 0 < value <= self.largest or not block.counts.uniform(first, span):
+                span = 1
+                await self.add(cluster, change)
+            else:
+                self._set(block, first, span, value)
+            cluster += span
+            count -= span
+
+    async def drop_span(self, cluster: Cluster, count: int) -> tuple[int, int]:
+        """Count adjacent clusters once less, as many as have equal counts: (how many, their count now)."""
+        first = cluster % self.per_block
+        span = min(count, self.per_block - first)
+        block = await self.block(cluster // self.per_block)
+        if block is None or not block.counts.uniform(first, span):
+            span = 1
+        left = (block.counts[first] if block else 0) - 1
+        if block is None or left < 0:
+            return 1, await self.add(cluster, -1)  # raises
+        self._set(block, first, span, left)
+        if not left:
+            self.hint = min(self.hint, cluster)
+        return span, left
+
     async def release(self, cluster: Cluster, count: int = 1) -> None:
         """Undo an allocation that nothing ever pointed to."""
         for position in range(cluster, cluster + count):
             await self.add(position, -1)
             self.metadata.discard(position << self.cluster_bits)
+
+    def forget(self, table: array[int], metadata: set[HostOffset]) -> None:
+        """Go back to what the disk holds: `table` is its refcount table, and no block was written."""
+        self.table = table
+        self.metadata = metadata
+        self.blocks.clear()
+        self.table_dirty.clear()
+        self.moved = None
+        self.hint = 0
 
     # -- allocation ------------------------------------------------------------------------
 

@@ -1,0 +1,83 @@
+"""Internal snapshots: create, apply, delete. Each is one `switch`, so a crash leaves the state
+before or the state after, and the image checks clean in both."""
+
+from __future__ import annotations
+
+from array import array
+
+from ...errors import UnsupportedOperationError, UsageError
+from ...wire.qcow2 import SnapshotEntry
+from .switch import Change, read_l1, switch
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .node import Qcow2Node
+
+
+def find(node: Qcow2Node, name: str) -> SnapshotEntry:
+    """A snapshot by id or name; ids go first, as in QEMU. Raises UsageError."""
+    for match in ("id", "name"):
+        for snapshot in node.snapshots:
+            if getattr(snapshot, match) == name:
+                return snapshot
+    raise UsageError(f"there is no snapshot '{name}'", path=node.name, hint="see: enban snapshot -l")
+
+
+async def create(node: Qcow2Node, snapshot: SnapshotEntry) -> None:
+    """Add a snapshot of the active state. `snapshot` carries name, dates and VM state size; its id
+    (unless given), L1 table and disk size are filled in here."""
+    if node.external:
+        raise UnsupportedOperationError(
+            "an image with an external data file has no internal snapshots", path=node.name
+        )
+    if any(snapshot.name == other.name for other in node.snapshots):
+        raise UsageError(f"there is a snapshot '{snapshot.name}' already", path=node.name)
+    if not snapshot.id:
+        numbers = [int(other.id) for other in node.snapshots if other.id.isdigit()]
+        snapshot.id = str(max(numbers, default=0) + 1)
+    snapshot.l1_offset, snapshot.l1_entries = node.header.l1_offset, node.header.l1_entries
+    snapshot.disk_size = node.size
+    await switch(
+        node,
+        Change(
+            l1=array("Q", node.l1),
+            size=node.size,
+            snapshots=[*node.snapshots, snapshot],
+            counted=[(node.l1, +1)],
+            freed=[],
+        ),
+    )
+
+
+async def delete(node: Qcow2Node, name: str) -> SnapshotEntry:
+    """Remove a snapshot; exactly the clusters that only it held become free."""
+    snapshot = find(node, name)
+    l1 = await read_l1(node, snapshot)
+    await switch(
+        node,
+        Change(
+            l1=array("Q", node.l1),
+            size=node.size,
+            snapshots=[other for other in node.snapshots if other is not snapshot],
+            counted=[(l1, -1)],
+            freed=[(snapshot.l1_offset, snapshot.l1_entries)],
+        ),
+    )
+    return snapshot
+
+
+async def apply(node: Qcow2Node, name: str) -> SnapshotEntry:
+    """Make the active state that of a snapshot: its bytes, its size; what was active is given up."""
+    snapshot = find(node, name)
+    l1 = await read_l1(node, snapshot)
+    await switch(
+        node,
+        Change(
+            l1=l1,
+            size=snapshot.disk_size,
+            snapshots=list(node.snapshots),
+            counted=[(l1, +1), (node.l1, -1)],
+            freed=[],
+        ),
+    )
+    return snapshot
