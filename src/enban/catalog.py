@@ -16,6 +16,7 @@ from .errors import CorruptImageError, EnbanError, ImageError, UnknownFormatErro
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from .block.gate import Gate
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     Options = dict[str, Any]
 
-FORMATS = ("raw", "qcow2")
+FORMATS = ("raw", "qcow2", "qcow")
 
 # Content that marks formats we have no driver for: taken for raw, their bytes would be misread.
 _FOREIGN = (
@@ -114,6 +115,8 @@ class Opener:
     cache: cache mode of every file. lock: take QEMU's image locks (not for `--force-share`).
     gate: what names found in images may be opened. metadata_only: no guest data will be touched.
     snapshot: id or name of the internal snapshot to show in place of the top image's active state.
+    passphrase: asked, with the image's name, for the passphrase of an encrypted image that has no option
+        `encrypt.key-file`.
     """
 
     def __init__(
@@ -125,6 +128,7 @@ class Opener:
         lock: bool = True,
         metadata_only: bool = False,
         snapshot: str = "",
+        passphrase: Callable[[str], bytes] | None = None,
     ) -> None:
         self.runtime = runtime
         self.gate = gate
@@ -132,6 +136,7 @@ class Opener:
         self.lock = lock
         self.metadata_only = metadata_only
         self.snapshot = snapshot
+        self.passphrase = passphrase
 
     async def open_chain(
         self, reference: str | Options, *, format: str = "", writable: bool = False, backing: bool = True
@@ -217,6 +222,17 @@ class Opener:
             )
         if format == "qcow2":
             return await self._open_qcow2(storage, options, writable)
+        if format == "qcow":
+            from .formats.qcow.opening import open_qcow
+
+            return await open_qcow(
+                name,
+                self.runtime,
+                storage,
+                writable=writable,
+                metadata_only=self.metadata_only,
+                passphrase=lambda: self._passphrase(options, name),
+            )
         if guessed:
             raise UnknownFormatError(
                 f"the image looks like {format}, which is not supported",
@@ -245,6 +261,14 @@ class Opener:
                 reference = self.resolve(name, node.name)
             node.data = await self.open_storage(reference, writable=writable)
         return node
+
+    def _passphrase(self, options: Options, name: str) -> bytes | None:
+        encrypt = options.get("encrypt")
+        if isinstance(encrypt, dict) and "key-file" in encrypt:
+            from .block.cipher import read_key_file
+
+            return read_key_file(str(encrypt["key-file"]))
+        return None if self.passphrase is None else self.passphrase(name)
 
     async def open_storage(self, options: Options, *, writable: bool, create: bool = False) -> Storage:
         """The storage that options name: a file, or whatever a URI's scheme says."""
@@ -286,10 +310,11 @@ async def open_door(
     gate: Gate = SIBLINGS,
     lock: bool = True,
     snapshot: str = "",
+    passphrase: Callable[[str], bytes] | None = None,
 ) -> Door:
     """Open a disk with its chain; both faces are made of this."""
     if snapshot and writable:
         raise UsageError("an internal snapshot can only be read")
-    opener = Opener(runtime, gate=gate, cache=cache, lock=lock, snapshot=snapshot)
+    opener = Opener(runtime, gate=gate, cache=cache, lock=lock, snapshot=snapshot, passphrase=passphrase)
     node = await opener.open_chain(reference, format=format, writable=writable, backing=backing)
     return Door(node, writable=writable, writethrough=cache in ("writethrough", "directsync"))

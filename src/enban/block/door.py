@@ -108,7 +108,7 @@ class Door:
 
     async def write_packed(self, packed: bytes, offset: int) -> None:
         """Store a compressed cluster, packed by the node's codec."""
-        self._check_write(offset, 0)
+        self._check_write(offset, 1)
         if not self.node.codec or offset % self.node.cluster_size:
             raise UsageError("not a place for a compressed cluster", path=self.node.name, offset=offset)
         work = mover.write_packed(self.node, packed, offset)

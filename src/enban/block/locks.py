@@ -47,6 +47,14 @@ class Mutex:
     async def __aexit__(self, *_: object) -> None:
         self.release()
 
+    def try_acquire(self) -> bool:
+        """Take the lock if it is free; then `release` must follow."""
+        with self._guard:
+            if self._held:
+                return False
+            self._held = True
+            return True
+
     def release(self) -> None:
         with self._guard:
             if self._waiters:
@@ -97,6 +105,16 @@ class RangeLocks:
         except BaseException:
             self.release(mine)
             raise
+        return mine
+
+    def try_acquire(self, start: int, end: int) -> HeldRange | None:
+        """Hold [start, end) if no other range overlaps it, else None."""
+        mine = HeldRange(start, end)
+        with self._guard:
+            for other in self._ranges:
+                if other.start < end and start < other.end:
+                    return None
+            self._ranges.append(mine)
         return mine
 
     def release(self, mine: HeldRange) -> None:

@@ -12,9 +12,11 @@ names them.
 
 from __future__ import annotations
 
+from ..errors import EnbanError
 from ..extent import COMPRESSED, DATA, UNALLOCATED, ZERO, Extent
 from ..units import SECTOR, align_down, align_up
 from . import codec
+from .runtime import drive
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -137,6 +139,35 @@ async def write(node: Node, buffer: memoryview, offset: GuestOffset) -> None:
         finally:
             node.ranges.release(held)
         position += n
+
+
+def write_now(node: Node, buffer: memoryview, offset: GuestOffset) -> bool:
+    """A write inside one unit that needs new space, by plain calls, in the order at the top.
+
+    False: nothing was changed, take `write`. For the blocking runtime only.
+    """
+    length = len(buffer)
+    start = offset - offset % node.unit
+    end = start + node.unit
+    if offset + length > end:
+        return False
+    held = node.ranges.try_acquire(start, end)
+    if held is None:
+        return False
+    try:
+        piece = node.claim(offset, length)
+        if piece is None:
+            return False
+        written = False
+        try:
+            written = piece.storage.write_now(buffer, piece.host + offset - piece.start)
+        except EnbanError:
+            pass  # `write` will meet it again, and report it
+        finally:
+            drive(node.publish([piece]) if written else node.abandon([piece]))
+    finally:
+        node.ranges.release(held)
+    return written
 
 
 async def lock_units(node: Node, offset: GuestOffset, length: int) -> HeldRange:

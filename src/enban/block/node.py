@@ -135,6 +135,11 @@ class Node:
         """Hot path: the place in `data` where the range may be overwritten in place, else -1."""
         return -1
 
+    def claim(self, offset: GuestOffset, length: int) -> Piece | None:
+        """Hot path of `reserve`, for a write inside one unit: its piece, which needs no filling, or
+        None if anything had to be waited for or is out of the ordinary. The unit's range is locked."""
+        return None
+
     async def vet(self, buffer: bytes | bytearray | memoryview, offset: GuestOffset) -> None:
         """Refuse content that must not be written here. Called before every write off the hot path."""
 

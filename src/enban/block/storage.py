@@ -68,6 +68,10 @@ class Storage:
         """
         raise NotImplementedError
 
+    def write_now(self, buffer: ReadBuffer, offset: HostOffset) -> bool:
+        """As `write`, if that needs no waiting on this runtime; False: nothing was written."""
+        return False
+
     async def flush(self) -> None:
         """Return once all earlier writes are durable. A failure is sticky (FlushFailedError)."""
         raise NotImplementedError

@@ -101,6 +101,12 @@ class FileStorage(Storage):
         if n < len(view):
             view[n:] = bytes(len(view) - n)
 
+    def write_now(self, buffer: ReadBuffer, offset: HostOffset) -> bool:
+        if not self.runtime.blocking:
+            return False
+        self._write(memoryview(buffer), offset)
+        return True
+
     async def write(self, buffer: ReadBuffer, offset: HostOffset) -> None:
         await self.runtime.offload(self._write, memoryview(buffer), offset)
 

@@ -336,7 +336,7 @@ def _parse_extensions(header: Header, data: bytes | bytearray, name_offset: int,
     assert callable(bad)
     position = header.header_length
     end = min(header.cluster_size, len(data))
-    if name_offset and position < name_offset < end:
+    if name_offset and position <= name_offset < end:  # a name may follow the header directly
         end = name_offset
     while position + 8 <= end:
         kind = int.from_bytes(data[position : position + 4], "big")

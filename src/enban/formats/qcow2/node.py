@@ -311,6 +311,40 @@ class Qcow2Node(Node):
                 raise
         return pieces
 
+    def claim(self, offset: GuestOffset, length: int) -> Piece | None:
+        index = offset >> self.l2_shift
+        entries = self.cache.overwritable.get(index)
+        if (
+            entries is None
+            or self.extended
+            or self.external
+            or self.header.backing_name
+            or self.quarantine
+            or not self._ready_to_change
+            or len(self.cache.dirty) >= self.cache.most_dirty
+        ):
+            return None
+        i = offset >> self.cluster_bits & self.l2_mask
+        if entries[i] & ~ALL_ZERO or not self.mutex.try_acquire():
+            return None
+        try:
+            table = self.cache.tables.get(index)
+            if table is None or not table.writable:
+                return None
+            found = self.refcounts.allocate_now(1)
+            if found is None:
+                return None
+            cluster, _, clean = found
+            link = Link(index, i, 1, cluster << self.cluster_bits, owned=True)
+            table.pins += 1
+        finally:
+            self.mutex.release()
+        # Space that reads as zeros takes the place of nothing, which reads as zeros.
+        inside = offset & self.cluster_mask
+        if clean:
+            return Piece(offset, length, self.data, link.host + inside, fill=False, token=link)
+        raise AssertionError
+
     async def _make_room(self) -> None:
         """Before changing more: write out changes if many have collected, take back free clusters."""
         if len(self.cache.dirty) >= self.cache.most_dirty:

@@ -285,20 +285,33 @@ class Refcounts:
             if block is None:
                 await self._add_block(index, cluster)
                 continue
-            try:
-                first = block.counts.index(0, first)
-            except ValueError:
-                cluster = (index + 1) * self.per_block
-                continue
-            cluster = index * self.per_block + first
-            count = 1
-            limit = min(want, self.per_block - first)
-            counts = block.counts
-            while count < limit and not counts[first + count]:
+            found = self._take(block, cluster, first, want)
+            if found is not None:
+                return found
+            cluster = (index + 1) * self.per_block
+
+    def allocate_now(self, want: int) -> tuple[Cluster, int, bool] | None:
+        """As `allocate`, if the block it begins with is in memory and has room, else None."""
+        index, first = divmod(self.hint, self.per_block)
+        block = self.blocks.get(index)
+        return None if block is None else self._take(block, self.hint, first, want)
+
+    def _take(self, block: Block, start: Cluster, first: int, want: int) -> tuple[Cluster, int, bool] | None:
+        """Free clusters of a block, whose entry `first` counts the cluster `start`; None if it has none."""
+        counts = block.counts
+        try:
+            place = counts.index(0, first)
+        except ValueError:
+            return None
+        cluster = start + place - first
+        count = 1
+        if want > 1:
+            limit = min(want, self.per_block - place)
+            while count < limit and not counts[place + count]:
                 count += 1
-            clean = self._claim(block, cluster, count)
-            self.hint = cluster + count
-            return cluster, count, clean
+        clean = self._claim(block, cluster, count)
+        self.hint = cluster + count
+        return cluster, count, clean
 
     def _claim(self, block: Block, cluster: Cluster, count: int) -> bool:
         end = cluster + count

@@ -1,0 +1,142 @@
+"""The `enban` command: dispatch, and the one place that turns errors into a line and an exit code.
+
+0    done                          70   a bug of ours (ENBAN_DEBUG=1 shows the traceback)
+1    failed                       130   interrupted with Ctrl-C (143: terminated)
+more: see `check` and `compare`   141   the reader of our output went away
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from enban.cli.common import complain
+from enban.cli.options import Verb, help_text, parse, table
+from enban.errors import EnbanError, UsageError
+
+VERBS = {
+    "create": "Make a new, empty image",
+    "info": "Show what an image is: format, sizes, backing file, snapshots",
+    "convert": "Copy images to another format, compressed or not",
+    "check": "Look for damage in an image and repair it",
+    "map": "List where the data of a disk is",
+    "compare": "Compare two disks byte for byte",
+    "resize": "Change the size of a disk",
+    "measure": "Tell how large a file a new image needs",
+    "dd": "Copy a part of a disk into a new image",
+    "rebase": "Base an image on another backing file, or on none",
+    "commit": "Write the data of an image into its backing file",
+}
+# Verbs that may leave something half-made if they are killed: they clean up on SIGTERM too.
+_MAKERS = ("create", "convert", "dd", "rebase", "commit", "resize", "check")
+_ERROR = {"compare": 2}  # where 1 means something else than "failed"
+
+EXIT_BUG, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 70, 130, 141, 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP arrived; the clean-up is that of Ctrl-C."""
+
+
+def load(name: str) -> Verb:
+    """The verb of a name, importing nothing of the others. Raises UsageError."""
+    if name not in VERBS:
+        raise UsageError(f"there is no verb '{name}'", hint="see: enban --help")
+    verb: Verb = __import__(f"enban.cli.{name}", fromlist=("VERB",)).VERB
+    return verb
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code. Never raises what a user could cause."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr):
+        # File names are bytes: they come out as they went in.
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="surrogateescape")
+    name = words[0] if words else ""
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        return _output_closed()
+    except EnbanError as error:
+        if getattr(error, "errno", 0) == 32:  # our reader went away while we wrote to it
+            return _output_closed()
+        complain(str(error))
+        return _ERROR.get(name, 1)
+    except Terminated:
+        complain("terminated")
+        return EXIT_TERMINATED
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return EXIT_INTERRUPTED
+    except OSError as error:
+        complain(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
+        return _ERROR.get(name, 1)
+    except MemoryError:
+        complain("not enough memory")
+        return _ERROR.get(name, 1)
+    except Exception as error:
+        if os.environ.get("ENBAN_DEBUG"):
+            raise
+        what = f"{type(error).__name__}: {error}"
+        complain(f"internal error ({what}); please report it with the output of ENBAN_DEBUG=1")
+        return EXIT_BUG
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if words else 1
+    if words[0] in ("-V", "--version", "version"):
+        from enban import __version__
+
+        print(f"enban {__version__}")
+        return 0
+    if words[0] == "help":
+        words = [*words[1:2], "--help"] if len(words) > 1 else ["--help"]
+        return _run(words)
+    verb = load(words[0])
+    if "-h" in words[1:] or "--help" in words[1:]:
+        print(help_text(verb))
+        return 0
+    arguments = parse(verb, words[1:])
+    if verb.name in _MAKERS:
+        _catch_signals()
+    return verb.run(arguments)
+
+
+def _catch_signals() -> None:
+    """Let SIGTERM and SIGHUP run the clean-up that Ctrl-C runs."""
+    import signal
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def terminated(number: int, frame: object) -> None:
+        raise Terminated
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, terminated)
+
+
+def _overview() -> str:
+    lines = ["usage: enban VERB [flags] ...", "", "Virtual disks: what qemu-img does, and more.", ""]
+    lines += table(list(VERBS.items()))
+    lines += ["", "enban VERB --help tells about one of them; enban --version about this program."]
+    return "\n".join(lines)
+
+
+def _output_closed() -> int:
+    """The reader of our output went away: end as quietly as a program killed by SIGPIPE."""
+    try:
+        # What is still buffered must not fail again when Python closes the stream at exit.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+    except (OSError, ValueError, AttributeError):
+        pass
+    return EXIT_PIPE

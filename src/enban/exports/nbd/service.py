@@ -1,0 +1,235 @@
+"""A server as a process runs it: open the disks, listen, serve until told to stop, leave in order.
+
+Everything that is undone at the end is undone in the reverse order, whatever fails in between:
+connections end, the disks are flushed and closed, the socket, the pid file and the trace are
+finished. A disk that cannot be flushed makes `serve` raise, after all the rest is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+import threading
+
+from ...block.gate import SIBLINGS
+from ...block.runtime import BLOCKING, drive
+from ...catalog import open_door
+from ...errors import UsageError, from_oserror
+from ...wire.nbd.constants import DEFAULT_PORT, MAX_STRING
+from . import sockets
+from .export import ServedExport
+from .server import GRACE_S, HANDSHAKE_S, Server
+from .trace import Trace
+from .transmission import SPIN_US
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+    from ...block.door import Door
+    from ...block.gate import Gate
+
+
+class Wanted:
+    """One disk to serve. reference: as for `enban.open`. name: the export's, "" for the default one.
+
+    offset, size: the slice of the disk in bytes; size None is to its end.
+    """
+
+    __slots__ = ("description", "format", "name", "offset", "reference", "size")
+
+    def __init__(
+        self,
+        reference: str | dict[str, Any],
+        name: str = "",
+        *,
+        format: str = "",
+        offset: int = 0,
+        size: int | None = None,
+        description: str = "",
+    ) -> None:
+        self.reference = reference
+        self.name = name
+        self.format = format
+        self.offset = offset
+        self.size = size
+        self.description = description
+
+
+class Settings:
+    """What `enban serve` can be told; the defaults are its defaults.
+
+    socket_path: the unix socket; "" makes a private one unless tcp or sockets of systemd are used.
+    tcp: listen on TCP; bind: which address, "" this machine alone, "*" all; port: 0 picks one.
+    shared: clients at once, 0 for any number. tls_dir: certificates (see storage.tls); "" is plain.
+    tls_verify: turn away clients without a certificate of our CA.
+    idle_s: end after so long without a client, 0 never. spin_us: see `transmission`.
+    """
+
+    def __init__(self) -> None:
+        self.read_only = False
+        self.socket_path = ""
+        self.tcp = False
+        self.bind = ""
+        self.port = DEFAULT_PORT
+        self.shared = 64
+        self.tls_dir = ""
+        self.tls_verify = True
+        self.pid_file = ""
+        self.idle_s = 0.0
+        self.handshake_s = float(HANDSHAKE_S)
+        self.grace_s = float(GRACE_S)
+        self.spin_us = SPIN_US
+        self.trace = ""
+        self.cache = "writeback"
+        self.gate: Gate = SIBLINGS
+
+
+def serve(
+    wanted: Sequence[Wanted],
+    settings: Settings,
+    *,
+    announce: Callable[[str], None],
+    log: Callable[[str], None],
+) -> None:
+    """Serve until SIGTERM, SIGINT or idle. `announce` gets the URI of every export once clients
+    may come; `log` gets lines about clients and failures. SIGUSR1 has the log told what is in
+    flight. Call it in the main thread.
+
+    Raises UsageError, HostError, ImageError before anything is served, and what closing raises.
+    """
+    names = [one.name for one in wanted]
+    for name in names:
+        if len(name.encode("utf-8", "surrogateescape")) > MAX_STRING:
+            raise UsageError(f"an export's name may have {MAX_STRING} bytes", hint="give a shorter one")
+        if names.count(name) > 1:
+            raise UsageError(f"two exports have the name '{name}'", hint="name them: NAME=FILE")
+    with contextlib.ExitStack() as stack:
+        trace = None
+        if settings.trace:
+            trace = Trace(settings.trace)
+            stack.callback(trace.close)
+        tls = None
+        if settings.tls_dir:
+            from ...storage.tls import server_context
+
+            tls = server_context(settings.tls_dir, verify_peer=settings.tls_verify)
+        exports = [_open(one, settings, stack, trace) for one in wanted]
+        listeners = _listen(settings, stack)
+        server = Server(
+            exports,
+            listeners,
+            shared=settings.shared,
+            tls=tls,
+            handshake_s=settings.handshake_s,
+            idle_s=settings.idle_s,
+            grace_s=settings.grace_s,
+            spin_us=settings.spin_us,
+            trace=trace,
+            log=log,
+        )
+        _catch_signals(server, stack)
+        if settings.pid_file:
+            _write_pid(settings.pid_file, stack)
+        for listener in listeners:
+            for export in exports:
+                announce(sockets.uri_of(listener, export.name, tls=tls is not None))
+        server.run()
+
+
+def _open(one: Wanted, settings: Settings, stack: contextlib.ExitStack, trace: Trace | None) -> ServedExport:
+    door: Door = drive(
+        open_door(
+            one.reference,
+            BLOCKING,
+            format=one.format,
+            writable=not settings.read_only,
+            cache=settings.cache,
+            gate=settings.gate,
+        )
+    )
+    stack.callback(lambda: drive(door.close()))
+    if trace is not None:
+        trace.watch(door.node)
+    return ServedExport(
+        door,
+        one.name,
+        offset=one.offset,
+        size=one.size,
+        description=one.description,
+        multi_conn=settings.shared != 1,
+    )
+
+
+def _listen(settings: Settings, stack: contextlib.ExitStack) -> list[socket.socket]:
+    passed = sockets.passed_sockets()
+    if passed:
+        if settings.tcp or settings.socket_path:
+            raise UsageError("systemd passed sockets to listen on", hint="leave out the socket and the port")
+        return passed
+    listeners: list[socket.socket] = []
+    if settings.tcp:
+        listeners += sockets.listen_tcp(settings.bind, settings.port)
+        for listener in listeners:
+            stack.callback(listener.close)
+    if settings.socket_path or not settings.tcp:
+        path = settings.socket_path
+        if not path:
+            runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+            directory = tempfile.mkdtemp(prefix="enban-", dir=runtime if os.path.isdir(runtime) else None)
+            stack.callback(os.rmdir, directory)
+            path = os.path.join(directory, "nbd")
+        listeners.append(sockets.listen_unix(path))
+        stack.callback(_remove, path)
+        stack.callback(listeners[-1].close)
+    return listeners
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def _write_pid(path: str, stack: contextlib.ExitStack) -> None:
+    """Only a server that can be reached has a pid file; it appears whole."""
+    partial = f"{path}.{os.getpid()}"
+    try:
+        with open(partial, "w", encoding="ascii") as file:
+            file.write(f"{os.getpid()}\n")
+        os.rename(partial, path)
+    except OSError as error:
+        _remove(partial)
+        raise from_oserror(error, "write the pid file", path) from error
+    stack.callback(_remove, path)
+
+
+def _catch_signals(server: Server, stack: contextlib.ExitStack) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return
+    before = {
+        number: signal.signal(number, handler)
+        for number, handler in (
+            (signal.SIGTERM, lambda *_: server.stop()),
+            (signal.SIGINT, lambda *_: server.stop()),
+            (signal.SIGHUP, lambda *_: server.stop()),
+            (signal.SIGUSR1, lambda *_: server.request_status()),
+        )
+    }
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    stack.callback(restore)
+
+
+def to_stderr(text: str) -> None:
+    """A log for `serve`."""
+    print(text, file=sys.stderr, flush=True)

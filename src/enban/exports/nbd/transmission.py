@@ -1,0 +1,425 @@
+"""The loop that answers a client's requests: one thread, blocking calls, two reused buffers.
+
+    receive            as much as there is, behind what is left of the last time
+    parse              every complete request in it
+    answer             each straight into the reply buffer:
+                         the hot ones by the node's short cuts: map, one preadv or pwrite;
+                         whatever is not hot and obviously fine, through the door
+    send               all replies at once
+
+Reads whose pages are not in the page cache are only announced to the host while the rest of
+the batch is answered, and read at its end, so that a disk works on all of them at a time.
+
+Rules kept: a batch is in the ledger from before its first short cut to after its last, and
+never while the client is waited for. Nothing is allocated for a length that was not checked.
+A reply is sent for every request that was parsed, in any order, unless the client is gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from time import perf_counter_ns
+
+from ...block.runtime import drive
+from ...errors import EnbanError
+from ...storage import host
+from ...wire.nbd.constants import (
+    CMD_BLOCK_STATUS,
+    CMD_CACHE,
+    CMD_DISC,
+    CMD_FLAG_FUA,
+    CMD_FLAG_NO_HOLE,
+    CMD_FLAG_PAYLOAD_LEN,
+    CMD_FLAG_REQ_ONE,
+    CMD_FLUSH,
+    CMD_READ,
+    CMD_TRIM,
+    CMD_WRITE,
+    CMD_WRITE_ZEROES,
+    COMMAND_NAMES,
+    EINVAL,
+    EXTENDED,
+    REPLY_FLAG_DONE,
+)
+from ...wire.nbd.errors import message_bytes, number_for
+from ...wire.nbd.messages import MAX_ERROR_REPLY, parse_status_payload
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ...block.requests import Request
+    from ...wire.nbd import Session
+    from ...wire.nbd.messages import ParsedRequest
+    from .export import ServedExport
+    from .trace import Trace
+
+# Both buffers hold the largest request most clients make (2 MiB) with what goes around it. Memory
+# that is never used is never touched; a larger request gets a larger buffer for its time.
+BUFFER = (2 << 20) + (256 << 10)
+# Replies are sent when this much has collected, so that the client reads while we go on.
+SEND_AT = 256 << 10
+# Before a blocking wait the loop asks again and again for `spin_us`, if waits have been short.
+SPIN_US = 50
+_SHORT_WAIT = 4  # a blocking wait of up to so many times the spin makes spinning worth a try
+_REPLY_ROOM = 64 + MAX_ERROR_REPLY  # what a reply needs besides its data, and an error reply at all
+_MOST_MISSES = 8  # spins in vain in a row, then no more until a wait was short
+
+_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
+_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
+
+
+class Spinners:
+    """How many threads of a server are spinning. One processor is always left to others."""
+
+    __slots__ = ("count", "most")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.most = max(0, (os.cpu_count() or 1) - 1)
+
+
+class Transmission:
+    """One connection in its transmission phase.
+
+    batch, since_ns: the requests that were received and are not answered yet, and when they came.
+    current: the one of them that is passing the door, if any. answered: how many were, ever.
+    sending: whether all that is missing is a client that takes its replies.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        session: Session,
+        export: ServedExport,
+        leftover: bytes,
+        *,
+        spin_us: int,
+        spinners: Spinners,
+        log: Callable[[str], None],
+        trace: Trace | None = None,
+    ) -> None:
+        self._sock = sock
+        self._session = session
+        self._export = export
+        self._door = export.door
+        self._codec = session.codec
+        self._log = log
+        self._trace = trace
+        self._spin_ns = spin_us * 1000 if _DONTWAIT and not session.tls else 0
+        self._spinners = spinners
+        self._spinning = True
+        self._misses = 0
+        self._in = memoryview(bytearray(max(BUFFER, len(leftover))))
+        self._in[: len(leftover)] = leftover
+        self._start, self._end = 0, len(leftover)  # what is in _in and not answered yet
+        self._out = memoryview(bytearray(BUFFER))
+        self._pos = 0  # end of the replies in _out
+        self._nowait = _NOWAIT if host.HAVE_PREADV else 0
+        self._entry: Request | None = None
+        self._hot = 0  # answered by short cuts since _entry was made
+        self._leaving = False
+        self.batch: list[ParsedRequest] = []
+        self.since_ns = 0
+        self.current: ParsedRequest | None = None
+        self.sending = False
+        self.answered = 0
+
+    # -- receiving -------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Answer until the client takes leave or hangs up. Raises OSError, ProtocolError."""
+        parse, most = self._codec.parse_requests, self._session.max_payload
+        need = self._codec.request_size
+        while not self._leaving:
+            if self._end - self._start >= need:
+                found, self._start, need = parse(self._in, self._start, self._end, most)
+                if found:
+                    self._answer(found)
+                continue
+            self._make_room(need)
+            n = self._receive()
+            if not n:
+                return
+            self._end += n
+
+    def _make_room(self, need: int) -> None:
+        """Have room for `need` bytes in one piece from `_start` on, and always a good deal of it."""
+        rest = self._end - self._start
+        if not rest:
+            self._start = self._end = 0
+        size = max(BUFFER, need)
+        if len(self._in) != size and (need > len(self._in) or not rest):
+            grown = memoryview(bytearray(size))
+        elif len(self._in) - self._start < max(need, SEND_AT):
+            grown = self._in
+        else:
+            return
+        grown[:rest] = bytes(self._in[self._start : self._end])
+        self._in, self._start, self._end = grown, 0, rest
+
+    def _receive(self) -> int:
+        view = self._in[self._end :]
+        receive = self._sock.recv_into
+        if not self._spin_ns:
+            return receive(view)
+        try:
+            return receive(view, 0, _DONTWAIT)
+        except BlockingIOError:
+            pass
+        spinners = self._spinners
+        if self._spinning and spinners.count < spinners.most:
+            spinners.count += 1
+            try:
+                until = perf_counter_ns() + self._spin_ns
+                while perf_counter_ns() < until:
+                    try:
+                        n = receive(view, 0, _DONTWAIT)
+                    except BlockingIOError:
+                        continue
+                    self._misses = 0
+                    return n
+            finally:
+                spinners.count -= 1
+            self._misses += 1
+            self._spinning = self._misses < _MOST_MISSES
+        before = perf_counter_ns()
+        n = receive(view)
+        if perf_counter_ns() - before < _SHORT_WAIT * self._spin_ns:
+            self._spinning, self._misses = True, 0
+        return n
+
+    # -- a batch ---------------------------------------------------------------------------
+
+    def _answer(self, batch: list[ParsedRequest]) -> None:
+        self.since_ns = perf_counter_ns()
+        self.batch = batch
+        self._enter()
+        try:
+            if self._trace is not None:
+                self._run_traced(batch, self._trace)
+            else:
+                late = self._run(batch, self._nowait if len(batch) > 1 else 0)
+                if late:
+                    self._run(late, 0)
+        finally:
+            self._leave()
+        self._send()
+        self.batch = []
+
+    def _enter(self) -> None:
+        self._entry = self._door.ledger.begin_batch()
+
+    def _leave(self) -> None:
+        entry, self._entry = self._entry, None
+        if entry is not None:
+            self._door.ledger.end_batch(entry, self._hot)
+            self.answered += self._hot
+            self._hot = 0
+
+    def _send(self) -> None:
+        if self._pos:
+            end, self._pos = self._pos, 0
+            self.sending = True
+            self._sock.sendall(self._out[:end])
+            self.sending = False
+
+    def _send_early(self) -> None:
+        """Send what there is in the middle of a batch. The ledger is left meanwhile: the client
+        may take its time."""
+        if self._pos:
+            self._leave()
+            self._send()
+            self._enter()
+
+    def _need_out(self, size: int) -> None:
+        """Have room for a reply of `size` bytes and an error besides."""
+        size += MAX_ERROR_REPLY
+        if self._pos + size > len(self._out):
+            self._send_early()
+            if max(size, BUFFER) != len(self._out):
+                self._out = memoryview(bytearray(max(size, BUFFER)))
+
+    def _run(self, batch: list[ParsedRequest], nowait: int) -> list[ParsedRequest]:
+        """Answer requests, hot ones by short cuts. With `nowait`, returns the reads that would
+        have to wait for the medium; the host is reading ahead for them."""
+        door, export, session = self._door, self._export, self._session
+        node = door.node
+        data = node.data
+        fd = data.plain_fd() if host.HAVE_PREADV and not door.closed else -1
+        base, size, mask = export.base, export.size, (session.export.min_block or 1) - 1
+        # By the session's rules such a read or write is fine; any other gets a second look.
+        most = min(session.max_payload, session.export.max_block or session.max_payload) if fd >= 0 else 0
+        plain = (0, CMD_FLAG_PAYLOAD_LEN if session.style == EXTENDED else 0)
+        may_write = not export.read_only and not door.writethrough
+        locate, locate_write = node.locate, node.locate_write
+        pack_read, pack_done = self._codec.pack_read_header_into, self._codec.pack_done_into
+        preadv, pwrite = os.preadv, os.pwrite
+        late: list[ParsedRequest] = []
+        source, out, pos = self._in, self._out, self._pos
+        hot = 0
+        for request in batch:
+            flags, kind, cookie, offset, length, payload = request
+            if (
+                kind <= CMD_WRITE
+                and flags == plain[kind]
+                and 0 < length <= most
+                and offset + length <= size
+                and not (offset | length) & mask
+            ):
+                if pos > SEND_AT or pos + length + _REPLY_ROOM > len(out):
+                    self._pos = pos
+                    self._hot += hot
+                    hot = 0
+                    self._send_early()
+                    self._need_out(length)
+                    out, pos = self._out, self._pos
+                if kind == CMD_READ:
+                    place = locate(base + offset, length)
+                    if place >= 0:
+                        body = pack_read(out, pos, cookie, offset, length)
+                        end = body + length
+                        try:
+                            n = preadv(fd, (out[body:end],), place, nowait)
+                        except OSError as error:
+                            n = -1  # the door will meet it again, and translate it
+                            if error.errno == errno.EAGAIN:
+                                n = 0
+                            elif error.errno == errno.EOPNOTSUPP:
+                                self._nowait = nowait = 0
+                        if n == length:
+                            pos = end
+                            hot += 1
+                            continue
+                        if nowait and n >= 0:
+                            host.will_need(fd, place, length)
+                            late.append(request)
+                            continue
+                elif may_write:
+                    place = locate_write(base + offset, length)
+                    if place >= 0 and place + length <= data.size():
+                        try:
+                            n = pwrite(fd, source[payload : payload + length], place)
+                        except OSError:
+                            n = -1
+                        if n == length:
+                            pos = pack_done(out, pos, cookie, offset)
+                            hot += 1
+                            continue
+            self._pos = pos
+            self._serve(request)
+            if self._leaving:
+                break
+            out, pos = self._out, self._pos
+        self._pos = pos
+        self._hot += hot
+        return late
+
+    def _run_traced(self, batch: list[ParsedRequest], trace: Trace) -> None:
+        """As `_run`, by the long way: every request through the door, and on record."""
+        for request in batch:
+            if self._leaving:
+                return
+            with trace.request(request, self.since_ns):
+                self._serve(request)
+
+    # -- one request, by all the rules -------------------------------------------------------
+
+    def _serve(self, request: ParsedRequest) -> None:
+        flags, kind, cookie, offset, length, payload = request
+        if kind == CMD_DISC:
+            self._leaving = True
+            return
+        self.current = request
+        contexts: tuple[int, ...] = ()
+        refusal = 0
+        if kind == CMD_BLOCK_STATUS:
+            length, contexts, refusal = self._status_wanted(flags, length, payload)
+        refusal = refusal or self._session.refusal(flags, kind, offset, length)
+        if refusal:
+            self._error(cookie, offset, refusal, "")
+        else:
+            try:
+                self._carry_out(flags, kind, cookie, offset, length, payload, contexts)
+            except (EnbanError, OSError, MemoryError) as error:
+                self._failed(request, error)
+        self.answered += 1
+        self.current = None
+
+    def _status_wanted(self, flags: int, length: int, payload: int) -> tuple[int, tuple[int, ...], int]:
+        """(length, contexts, error) of a BLOCK_STATUS, which may carry a choice of contexts."""
+        chosen = tuple(self._session.contexts)
+        if not flags & CMD_FLAG_PAYLOAD_LEN or self._session.style != EXTENDED:
+            return length, chosen, 0
+        selection = parse_status_payload(self._in, payload, length)
+        if selection is None:
+            return length, (), EINVAL
+        effect, wanted = selection
+        if len(set(wanted)) < len(wanted) or not set(wanted) <= set(chosen):
+            return effect, (), EINVAL
+        return effect, tuple(wanted), 0
+
+    def _carry_out(
+        self,
+        flags: int,
+        kind: int,
+        cookie: int,
+        offset: int,
+        length: int,
+        payload: int,
+        contexts: tuple[int, ...],
+    ) -> None:
+        door, codec = self._door, self._codec
+        place = self._export.base + offset
+        if kind == CMD_READ:
+            self._need_out(codec.read_header_size + length)
+            end = self._pos + codec.read_header_size + length
+            drive(door.read_into(self._out[end - length : end], place))
+            codec.pack_read_header_into(self._out, self._pos, cookie, offset, length)
+            self._pos = end
+            return
+        if kind == CMD_BLOCK_STATUS:
+            found = self._export.block_status(place, length, only_one=bool(flags & CMD_FLAG_REQ_ONE))
+            for position, context in enumerate(contexts):
+                last = position + 1 == len(contexts)
+                chunk = codec.pack_status(
+                    REPLY_FLAG_DONE if last else 0, cookie, offset, context, found[context]
+                )
+                self._need_out(len(chunk))
+                self._out[self._pos : self._pos + len(chunk)] = chunk
+                self._pos += len(chunk)
+            if contexts:
+                return
+        elif kind == CMD_WRITE:
+            drive(door.write(self._in[payload : payload + length], place, fua=bool(flags & CMD_FLAG_FUA)))
+        elif kind == CMD_CACHE:
+            self._export.prefetch(place, length)
+        else:
+            self._send_early()  # these may take their time
+            if kind == CMD_FLUSH:
+                drive(door.flush())
+            elif kind == CMD_TRIM:
+                drive(door.discard(place, length))
+            elif kind == CMD_WRITE_ZEROES:
+                unmap = not flags & CMD_FLAG_NO_HOLE
+                drive(door.write_zeroes(place, length, unmap=unmap, fua=bool(flags & CMD_FLAG_FUA)))
+            if kind == CMD_TRIM and flags & CMD_FLAG_FUA:
+                drive(door.flush())
+        self._need_out(codec.done_size)
+        self._pos = codec.pack_done_into(self._out, self._pos, cookie, offset)
+
+    def _error(self, cookie: int, offset: int, number: int, message: str) -> None:
+        self._need_out(0)
+        self._pos = self._codec.pack_error_into(
+            self._out, self._pos, cookie, offset, number, message_bytes(message)
+        )
+
+    def _failed(self, request: ParsedRequest, error: Exception) -> None:
+        """A request failed. The client is told what, the log also where."""
+        _, kind, cookie, offset, length, _ = request
+        name = COMMAND_NAMES[kind]
+        self._log(f"{name} {offset:#x}+{length:#x} failed: {error}")
+        what = error.what if isinstance(error, EnbanError) else name.lower() + " failed"
+        self._error(cookie, offset, number_for(error), what)

@@ -1,0 +1,69 @@
+"""A storage that stands in front of another one and passes everything on.
+
+A filter overrides only what it changes. One thing is not passed on: `copy_from` moves bytes
+inside the host, past any filter, so a filter answers that it cannot and the bytes come through
+`write` like all others. As a source a filter cannot be copied from either, because a storage
+only copies from its own kind.
+"""
+
+from __future__ import annotations
+
+from ..block.storage import Storage
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from ..block.storage import ReadBuffer, WriteBuffer
+    from ..units import HostOffset
+
+
+class Filter(Storage):
+    """below: the storage behind this one; closing the filter closes it."""
+
+    def __init__(self, below: Storage) -> None:
+        self.below = below
+        self.name = below.name
+        self.runtime = below.runtime
+        self.writable = below.writable
+        self.fixed_size = below.fixed_size
+
+    @property
+    def identity(self) -> Hashable:
+        return self.below.identity
+
+    def size(self) -> int:
+        return self.below.size()
+
+    def allocated(self) -> int:
+        return self.below.allocated()
+
+    def read_now(self, buffer: WriteBuffer, offset: HostOffset) -> bool:
+        return self.below.read_now(buffer, offset)
+
+    async def read_into(self, buffer: WriteBuffer, offset: HostOffset) -> None:
+        await self.below.read_into(buffer, offset)
+
+    async def write(self, buffer: ReadBuffer, offset: HostOffset) -> None:
+        await self.below.write(buffer, offset)
+
+    async def flush(self) -> None:
+        await self.below.flush()
+
+    async def write_zeroes(self, offset: HostOffset, length: int, *, unmap: bool = True) -> None:
+        await self.below.write_zeroes(offset, length, unmap=unmap)
+
+    async def discard(self, offset: HostOffset, length: int) -> None:
+        await self.below.discard(offset, length)
+
+    async def truncate(self, size: int) -> None:
+        await self.below.truncate(size)
+
+    async def allocate(self, offset: HostOffset, length: int) -> None:
+        await self.below.allocate(offset, length)
+
+    async def status(self, offset: HostOffset, length: int) -> tuple[bool, int]:
+        return await self.below.status(offset, length)
+
+    async def close(self) -> None:
+        await self.below.close()

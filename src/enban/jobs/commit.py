@@ -1,0 +1,130 @@
+"""Writing an overlay's data into an image below it.
+
+    grow the base if the overlay is longer
+    copy what the layers above the base have          each step leaves the overlay as it was,
+    flush the base                                    and it reads the same all along
+    empty the overlay (one level, unless it is kept)
+
+The base is opened for writing, so it must not be in use by anyone else, and no image but
+those between should be based on it.
+"""
+
+from __future__ import annotations
+
+import os
+
+from enban.block.disk import Disk
+from enban.block.door import Door, close_chain
+from enban.block.gate import TRUSTED
+from enban.block.runtime import BLOCKING, drive
+from enban.catalog import Opener, parse_reference
+from enban.errors import UsageError
+from enban.jobs.copying import PIECE, copy_piece, pieces
+from enban.jobs.create import backing_reference
+from enban.jobs.map import PRESENT, READS_ZERO, walk
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from enban.block.gate import Gate
+    from enban.block.node import Node
+    from enban.jobs.progress import Progress
+
+
+def commit(
+    reference: str | dict[str, Any],
+    base: str = "",
+    *,
+    format: str = "",
+    keep: bool = False,
+    cache: str = "writeback",
+    gate: Gate = TRUSTED,
+    progress: Progress | None = None,
+) -> int:
+    """Commit an image into its backing file, or into `base` further down its chain.
+
+    keep: leave the overlay's own data in place; with a `base` that is not the next image down it
+    always stays, and the images between no longer show what they did.
+    Returns the number of guest bytes written to the base.
+    Raises UsageError, HostError (LockedError if an image is in use), ImageError.
+    """
+    if "backing" in parse_reference(reference):
+        raise UsageError(
+            "commit goes by the backing files named in the images", hint="leave out option 'backing'"
+        )
+    opener = Opener(BLOCKING, gate=gate, cache=cache)
+    top = drive(opener.open_chain(reference, format=format, writable=True, backing=False))
+    try:
+        if not top.backing_name:
+            raise UsageError("the image has no backing file to commit to", path=top.name)
+        depth = _open_down_to(opener, top, base)
+        target = _node_at(top, depth)
+        disk, below = Disk(Door(top, writable=True)), Disk(Door(target, writable=True))
+        written = _copy_down(disk, below, depth, progress)
+        below.flush()
+        if depth == 1 and not keep:
+            drive(top.make_empty())
+        return written
+    finally:
+        drive(close_chain(top))
+
+
+def _open_down_to(opener: Opener, top: Node, base: str) -> int:
+    """Open the chain below `top`, the base for writing; how deep the base is."""
+    node, depth = top, 0
+    seen = {top.file.identity}
+    while True:
+        if not node.backing_name:
+            raise UsageError(f"'{base}' is not in the backing chain", path=top.name)
+        opener.gate.check(node.backing_name, image=node.name, role="backing file")
+        below = backing_reference(node.name, node.backing_name, node.backing_format)
+        depth += 1
+        is_base = not base or _is_named(base, node)
+        node.backing = drive(opener.open_chain(below, writable=is_base, backing=is_base))
+        node = node.backing
+        if node.file.identity in seen:
+            raise UsageError("the backing chain comes back to this file", path=node.name)
+        seen.add(node.file.identity)
+        if is_base:
+            return depth
+
+
+def _is_named(base: str, node: Node) -> bool:
+    """Whether `base` means the backing file of `node`: as it is stored there, or as a path."""
+    name = node.backing_name
+    if base == name:
+        return True
+    try:
+        return os.path.samefile(base, os.path.join(os.path.dirname(node.name), name))
+    except OSError:
+        return False
+
+
+def _node_at(node: Node, depth: int) -> Node:
+    for _ in range(depth):
+        assert node.backing is not None
+        node = node.backing
+    return node
+
+
+def _copy_down(disk: Disk, below: Disk, depth: int, progress: Progress | None) -> int:
+    """Write to the base what the layers above it have; the number of bytes."""
+    if below.size < disk.size:
+        below.resize(disk.size)
+    written = 0
+    with memoryview(bytearray(PIECE)) as buffer:
+        for start, length, layer, flags, _, _ in walk(disk.node, 0, disk.size):
+            if layer < depth:  # a layer above answers, also where it ends short and so reads zeros
+                if flags & READS_ZERO:
+                    below.write_zeroes(start, length)
+                else:
+                    assert flags & PRESENT
+                    for place, n in pieces(start, length):
+                        copy_piece(disk, place, below, place, buffer[:n], sparse=False)
+                        if progress is not None:
+                            progress.update(place + n, disk.size)
+                written += length
+            if progress is not None:
+                progress.update(start + length, disk.size)
+    return written

@@ -1,0 +1,168 @@
+"""A file that appears whole or not at all.
+
+    make <path>.enban-partial -> fill it -> flush -> rename to <path> -> flush the directory
+
+While it is made, the file it will replace is kept locked, so neither a running guest nor
+another enban has it open when it goes. A partial file that a killed job left behind belongs
+to nobody: its lock is gone, and the next job for the same target replaces it or, when asked
+to resume, goes on with it.
+
+Block devices cannot be replaced by a rename and are written in place.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from enban.block.runtime import BLOCKING, drive
+from enban.errors import EnbanError, LockedError, UsageError, from_oserror
+from enban.storage import host
+from enban.storage.file import open_file
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from enban.storage.file import FileStorage
+
+SUFFIX = ".enban-partial"
+_LONGEST_NAME = 255  # bytes, on the file systems in use
+
+
+def partial_name(path: str) -> str:
+    """Where a file is made before it gets its name: in the same directory."""
+    directory, name = os.path.split(path)
+    room = _LONGEST_NAME - len(SUFFIX)
+    encoded = os.fsencode(name)
+    if len(encoded) > room:
+        from hashlib import sha256
+
+        digest = sha256(encoded).hexdigest()[:16]
+        name = os.fsdecode(encoded[: room - 17]) + "-" + digest
+    return os.path.join(directory, name + SUFFIX)
+
+
+class Output:
+    """One file in the making. Ends in exactly one of `commit`, `discard` and `keep`.
+
+    path: the final name, symbolic links followed. temporary: its name until then.
+    storage: the open file; whoever takes it over also closes it before the end.
+    resumed: `storage` is what an earlier job left. in_place: a device; nothing is renamed.
+    """
+
+    def __init__(self, path: str, *, cache: str = "writeback", resume: bool = False) -> None:
+        self.path = os.path.realpath(path)
+        self.temporary = partial_name(self.path)
+        self.resumed = False
+        self.in_place = False
+        self._open = True
+        self._replaced: FileStorage | None = None
+        self._status: os.stat_result | None = None
+        try:
+            self._status = os.stat(self.path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise from_oserror(error, "look at", self.path) from error
+        if self._status is not None and stat.S_ISBLK(self._status.st_mode):
+            self.in_place = True
+            self.temporary = self.path
+            self.storage = open_file(self.path, BLOCKING, writable=True, cache=cache)
+            return
+        if self._status is not None:
+            if not stat.S_ISREG(self._status.st_mode):
+                raise UsageError(
+                    "is not a regular file or block device, so no image can be made there", path=self.path
+                )
+            self._replaced = open_file(self.path, BLOCKING, writable=True)
+        try:
+            self.storage = self._make(cache, resume)
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _make(self, cache: str, resume: bool) -> FileStorage:
+        if os.path.lexists(self.temporary):
+            storage = self._take_over(cache)
+            if resume:
+                self.resumed = True
+                return storage
+            drive(storage.close())
+            self._remove()
+        try:
+            return open_file(self.temporary, BLOCKING, writable=True, cache=cache, create=True)
+        except EnbanError as error:
+            if self._replaced is not None and getattr(error, "errno", 0) in (13, 1, 30):
+                error.hint = "the image is made beside its final name, so the directory must be writable"
+            raise
+
+    def _take_over(self, cache: str) -> FileStorage:
+        """Open the partial file of a job that is no more."""
+        if not stat.S_ISREG(os.lstat(self.temporary).st_mode):
+            raise UsageError(
+                "stands where a partial image would be made", path=self.temporary, hint="remove it"
+            )
+        try:
+            return open_file(self.temporary, BLOCKING, writable=True, cache=cache)
+        except LockedError as error:
+            raise LockedError(
+                "another process is making this image now",
+                path=self.path,
+                hint="wait for it or stop it",
+                errno=error.errno or 11,
+            ) from error
+
+    def commit(self) -> None:
+        """Give the file its name. Its storage is closed and was flushed. Raises HostError."""
+        if self.in_place:
+            self._open = False
+            return
+        try:
+            self._dress()
+            os.replace(self.temporary, self.path)
+            self._open = False
+            host.sync_directory(os.path.dirname(self.path))
+        except OSError as error:
+            raise from_oserror(error, "give the finished image its name", self.path) from error
+        finally:
+            if not self._open:
+                self._unlock()
+
+    def _dress(self) -> None:
+        """Mode and owner of the file that is replaced, as if it had been written over."""
+        status = self._status
+        if status is None:
+            return
+        if hasattr(os, "chown"):
+            try:
+                os.chown(self.temporary, status.st_uid, status.st_gid)
+            except PermissionError:
+                pass  # only root gives files away; the mode is what protects the content
+        os.chmod(self.temporary, stat.S_IMODE(status.st_mode))
+
+    def discard(self) -> None:
+        """Remove what was made. Its storage is closed."""
+        if self._open:
+            self._open = False
+            try:
+                if not self.in_place:
+                    self._remove()
+            finally:
+                self._unlock()
+
+    def keep(self) -> None:
+        """Leave the partial file for a later job to resume. Its storage is closed and was flushed."""
+        self._open = False
+        self._unlock()
+
+    def _remove(self) -> None:
+        try:
+            os.unlink(self.temporary)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise from_oserror(error, "remove", self.temporary) from error
+
+    def _unlock(self) -> None:
+        replaced, self._replaced = self._replaced, None
+        if replaced is not None:
+            drive(replaced.close())

@@ -1,0 +1,227 @@
+"""Promise 1, by exploration: a power cut at any moment of a workload.
+
+The record of all storage writes of a workload is replayed up to each point, states are made up
+in which unflushed writes are missing, reordered and torn, and each is read by the independent
+reader: at most leaks, every flushed sector there, every unflushed one old or new, never foreign
+bytes; a snapshot's bytes never change. A sample is opened by enban, written to and closed again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from random import Random
+
+import pytest
+
+import enban
+from enban.block.runtime import BLOCKING
+from enban.filters import writelog
+from enban.filters.writelog import WriteLog
+from enban.storage.memory import MemoryStorage
+from tests.crash_states import Replay
+from tests.qcow2_reader import Qcow2Reader
+from tests.support import check_bytes, pattern, qemu_check, qemu_img
+from tests.workload import IMAGES, Image, Operation, Oracle, open_door, operations, prepare, run_until_error
+
+OPERATIONS = 40
+
+
+class Explorer:
+    """One recorded workload, and the states it is cut into."""
+
+    def __init__(self, image: Image, seed: int, start: bytes, guest: bytes, snapshot: bytes | None) -> None:
+        self.image = image
+        self.seed = seed
+        self.start = start
+        self.guest = guest
+        self.snapshot = snapshot  # what the snapshot "base" shows, if there is one
+        self.random = Random(seed)
+        self.states = self.leaking = self.reopened = 0
+        self.record = self._run()
+
+    def _run(self) -> list[writelog.Entry]:
+        log = WriteLog(MemoryStorage(BLOCKING, self.start))
+        disk = enban.Disk(open_door(self.image, log, None))
+        oracle = Oracle(self.guest)
+        resizes = self.snapshot is None
+        for operation in [
+            *operations(self.image, self.seed + 7, OPERATIONS, resizes=resizes),
+            Operation("flush"),
+        ]:
+            log.mark(("begin", operation))
+            run_until_error(disk, oracle, operation, may_fail=False)
+            if operation.kind == "discard":  # what it did is known only now
+                operation = Operation("discarded", 0, 0, bytes(oracle.model))
+            log.mark(("end", operation))
+        log.mark(("close", None))
+        disk.close()
+        return log.entries
+
+    def explore(self, *, subsets: int, scattered: int, reopen_every: int) -> None:
+        oracle = Oracle(self.guest)
+        replay = Replay(self.start, self.record)
+        for number, entry in enumerate(replay.steps()):
+            if entry.kind == writelog.MARK:
+                self._follow(oracle, entry)
+                continue
+            what = f"{self.image}, seed {self.seed}, at entry {number} {entry}"
+            states = [replay.everything()]
+            if replay.pending:
+                states.append(replay.torn(self.random))
+                states.extend(replay.subsets(self.random, subsets))
+                states.extend(replay.scattered(self.random) for _ in range(scattered))
+            for state in states:
+                self.states += 1
+                self._check(oracle, state, what)
+                if self.states % reopen_every == 0:
+                    self._reopen(state, what)
+
+    def _follow(self, oracle: Oracle, mark: writelog.Entry) -> None:
+        assert isinstance(mark.note, tuple)
+        moment, operation = mark.note
+        if moment == "begin":
+            oracle.begin(operation)
+        elif moment == "end":
+            if operation.kind == "discarded":
+                oracle.model[:] = operation.content
+            oracle.done(operation)
+
+    def _check(self, oracle: Oracle, state: bytearray, what: str) -> None:
+        reader = Qcow2Reader(state)
+        report = reader.check()
+        assert not report.corruptions, f"{what}: {report.corruptions[:4]}"
+        self.leaking += bool(report.leaks)
+        oracle.check_crash(reader.read(backing=self.image.backing), what=what)
+        if self.snapshot is not None:
+            assert reader.read(backing=self.image.backing, snapshot="base") == self.snapshot, (
+                f"{what}: snapshot"
+            )
+
+    def _reopen(self, state: bytearray, what: str) -> None:
+        """The engine sees the same, and can go on from here."""
+        self.reopened += 1
+        expected = Qcow2Reader(state).read(backing=self.image.backing)
+        memory = MemoryStorage(BLOCKING, state)
+        disk = enban.Disk(open_door(self.image, memory, None))
+        assert disk.pread(disk.size, 0) == expected, what
+        oracle = Oracle(expected)
+        for operation in operations(self.image, self.states, 5, size=disk.size, resizes=False):
+            run_until_error(disk, oracle, operation, may_fail=False)
+        disk.close()
+        check_bytes(memory.content, leaks=True)
+        assert Qcow2Reader(memory.content).read(backing=self.image.backing) == oracle.model, what
+
+
+def start_of(image: Image, seed: int) -> tuple[bytes, bytes]:
+    content, _, guest = prepare(image, seed)
+    return content, guest
+
+
+@pytest.mark.parametrize("image", IMAGES, ids=repr)
+def test_power_cuts(image: Image) -> None:
+    start, guest = start_of(image, 11)
+    explorer = Explorer(image, 11, start, guest, None)
+    explorer.explore(subsets=3, scattered=2, reopen_every=40)
+    assert explorer.states > 300 and explorer.reopened > 5
+    assert explorer.leaking, "no state shows a leak: the record has no unflushed writes in it"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(100, 160))
+@pytest.mark.parametrize("image", IMAGES, ids=repr)
+def test_power_cuts_long(image: Image, seed: int) -> None:
+    start, guest = start_of(image, seed)
+    Explorer(image, seed, start, guest, None).explore(subsets=16, scattered=8, reopen_every=50)
+
+
+SHARED = (
+    Image("512", 24 * 1024, cluster_size=512),
+    Image("4k-v2", 64 * 1024, cluster_size=4096, compat="0.10"),
+    Image("16k-ext", 100 * 1024, cluster_size=16384, extended_l2=True),
+)
+
+
+@pytest.mark.interop
+@pytest.mark.skipif(
+    shutil.which("qemu-img") is None, reason="qemu-img is missing (Debian package qemu-utils)"
+)
+@pytest.mark.parametrize("image", SHARED, ids=repr)
+def test_power_cuts_beside_a_snapshot(image: Image, tmp_path: Path) -> None:
+    """Clusters and L2 tables are shared with a snapshot that QEMU made; its bytes stay."""
+    start, guest = start_of(image, 12)
+    path = tmp_path / "a.qcow2"
+    path.write_bytes(start)
+    qemu_img("snapshot", "-c", "base", path)
+    qemu_check(path)
+    explorer = Explorer(image, 12, path.read_bytes(), guest, guest)
+    explorer.explore(subsets=3, scattered=2, reopen_every=40)
+    assert explorer.states > 300
+
+
+@pytest.mark.interop
+@pytest.mark.skipif(
+    shutil.which("qemu-img") is None, reason="qemu-img is missing (Debian package qemu-utils)"
+)
+def test_qemu_agrees_on_crash_states(tmp_path: Path) -> None:
+    """A sample of states judged by qemu-img check: leaks only, as the independent check says."""
+    image = Image("512-chain", 20 * 1024, cluster_size=512, backing=pattern(12 * 1024 + 512, 5))
+    start, guest = start_of(image, 13)
+    explorer = Explorer(image, 13, start, guest, None)
+    replay, random = Replay(start, explorer.record), Random(13)
+    path = tmp_path / "a.qcow2"
+    (tmp_path / "below").write_bytes(image.backing)
+    judged = 0
+    for number, entry in enumerate(replay.steps()):
+        if entry.kind != writelog.MARK and number % 5 == 0:
+            path.write_bytes(replay.scattered(random))
+            report = qemu_check(path, leaks=True)
+            assert not report.get("corruptions") and not report["check-errors"]
+            judged += 1
+    assert judged > 8
+
+
+def test_a_missing_flush_would_be_found() -> None:
+    """The instrument itself: the same workload with its flushes ignored must fail somewhere."""
+    image = IMAGES[0]
+    start, guest = start_of(image, 11)
+    explorer = Explorer(image, 11, start, guest, None)
+    for entry in explorer.record:
+        if entry.kind == writelog.FLUSH:
+            entry.ended = 0
+    with pytest.raises(AssertionError):
+        explorer.explore(subsets=3, scattered=4, reopen_every=1 << 30)
+
+
+def test_freed_clusters_in_time(tmp_path: Path) -> None:
+    """Every way a cluster leaves the mapping, each followed at once by a write that wants space:
+    the image is so full of small clusters that early reuse would be seen."""
+    image = Image("512-full", 8 * 1024, cluster_size=512)
+    memory = MemoryStorage(BLOCKING, prepare(image, 0)[0])
+    guest = Qcow2Reader(memory.content).read()
+    log = WriteLog(memory)
+    disk, oracle = enban.Disk(open_door(image, log, None)), Oracle(guest)
+    start = bytes(memory.content)
+    random = Random(3)
+    for number in range(60):
+        at = random.randrange(16) * 512
+        kind = random.choice(("zero", "discard", "packed", "write"))
+        content = bytes([number + 1]) * 512
+        history = [
+            Operation(kind, at, 512, content),
+            Operation("write", (at + 512) % 8192, 512, content[::-1]),
+        ]
+        if number % 9 == 8:
+            history.append(Operation("flush"))
+        for operation in history:
+            log.mark(("begin", operation))
+            run_until_error(disk, oracle, operation, may_fail=False)
+            if operation.kind == "discard":
+                operation = Operation("discarded", 0, 0, bytes(oracle.model))
+            log.mark(("end", operation))
+    explorer = Explorer.__new__(Explorer)
+    explorer.image, explorer.seed, explorer.start, explorer.guest = image, 3, start, guest
+    explorer.snapshot, explorer.random, explorer.record = None, random, log.entries
+    explorer.states = explorer.leaking = explorer.reopened = 0
+    explorer.explore(subsets=3, scattered=2, reopen_every=60)
+    assert explorer.states > 500
