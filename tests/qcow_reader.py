@@ -35,7 +35,7 @@ class QcowReader:
         self.l1 = struct.unpack_from(f">{count}Q", self.image, self.l1_offset)
 
     def table(self, index: int) -> tuple[int, ...]:
-        count = 1 << self.l2_bits
+        count: int = 1 << self.l2_bits
         if not self.l1[index]:
             return (0,) * count
         entries: tuple[int, ...] = struct.unpack_from(f">{count}Q", self.image, self.l1[index])

@@ -82,7 +82,9 @@ class Door:
         self._check_write(offset, len(view))
         if len(view):
             work = mover.write(self.node, view, offset)
-            await self._run(requests.WRITE, offset, len(view), self._durable(work, fua))
+            if fua or self.writethrough:
+                work = self._durable(work, fua)
+            await self._run(requests.WRITE, offset, len(view), work)
 
     async def plan_write(self, buffer: ReadBuffer, offset: int) -> tuple[PlannedWrite, Request]:
         """Allocate for a write of at most `mover.STRIDE` bytes; `run_plan` does it. For jobs that

@@ -129,6 +129,8 @@ async def write(node: Node, buffer: memoryview, offset: GuestOffset) -> None:
         await node.data.write(buffer, host)
         return
     await node.vet(buffer, offset)
+    if length <= node.unit and node.runtime.blocking and write_now(node, buffer, offset):
+        return
     position = 0
     while position < length:
         start = offset + position
@@ -154,19 +156,24 @@ def write_now(node: Node, buffer: memoryview, offset: GuestOffset) -> bool:
     held = node.ranges.try_acquire(start, end)
     if held is None:
         return False
+    piece, written = None, False
     try:
         piece = node.claim(offset, length)
         if piece is None:
             return False
-        written = False
-        try:
+        if piece.fill:
+            drive(_write_piece(node, piece, buffer, offset))
+            written = True
+        else:
             written = piece.storage.write_now(buffer, piece.host + offset - piece.start)
-        except EnbanError:
-            pass  # `write` will meet it again, and report it
-        finally:
-            drive(node.publish([piece]) if written else node.abandon([piece]))
+    except EnbanError:
+        pass  # `write` will meet it again, and report it
     finally:
-        node.ranges.release(held)
+        try:
+            if piece is not None:
+                drive(node.publish([piece]) if written else node.abandon([piece]))
+        finally:
+            node.ranges.release(held)
     return written
 
 

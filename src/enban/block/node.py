@@ -136,8 +136,8 @@ class Node:
         return -1
 
     def claim(self, offset: GuestOffset, length: int) -> Piece | None:
-        """Hot path of `reserve`, for a write inside one unit: its piece, which needs no filling, or
-        None if anything had to be waited for or is out of the ordinary. The unit's range is locked."""
+        """Hot path of `reserve`, for a write inside one unit that reads as zeros: its piece, or None
+        if anything had to be waited for or is out of the ordinary. The unit's range is locked."""
         return None
 
     async def vet(self, buffer: bytes | bytearray | memoryview, offset: GuestOffset) -> None:

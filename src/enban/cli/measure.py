@@ -26,7 +26,7 @@ def run(arguments: Arguments) -> int:
         with common.open_disk(
             arguments, arguments.operands[0], format=arguments.text("-f"), snapshot=snapshot
         ) as disk:
-            found = measure(target, options, source=disk, snapshot=bool(snapshot))
+            found = measure(target, options, source=disk)
     else:
         for flag in ("-f", "-l", "-U", "--image-opts"):
             if arguments.on(flag):

@@ -27,12 +27,11 @@ def measure(
     *,
     size: int | None = None,
     source: Disk | None = None,
-    snapshot: bool = False,
 ) -> dict[str, int]:
     """Bytes that an image of `format` needs, by qemu-img measure's keys.
 
-    size: of an empty disk. source: the disk that will be converted; `snapshot` says that it shows
-    an internal snapshot, whose bitmaps are not counted. Raises UsageError, ImageError, HostError.
+    size: of an empty disk. source: the disk that will be converted.
+    Raises UsageError, ImageError, HostError.
     """
     values = read_options(format, options or {})
     given = values.pop("size", None)
@@ -70,7 +69,7 @@ def measure(
     else:
         data = _data_clusters(source, cluster) if source is not None else 0
     result = {"required": full - virtual + data, "fully-allocated": full}
-    if source is not None and header.version > 2 and not snapshot:
+    if source is not None and header.version > 2:
         bitmaps = _bitmaps(source, cluster)
         if bitmaps is not None:
             result["bitmaps"] = bitmaps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -306,6 +307,35 @@ def test_a_device_is_filled_to_its_end() -> None:
     assert reader.read()[64 * KIB : 64 * KIB + 12 * 4096] == b"d" * 12 * 4096
 
 
+def test_threads_that_share_clusters(tmp_path: Path) -> None:
+    path = make_qcow(tmp_path / "x.qcow", 2 * MIB, cluster_size=65536)
+    stripe, threads = 3000, 4
+    model = bytearray(2 * MIB)
+    errors: list[BaseException] = []
+    with enban.open(path, writable=True, cache="unsafe") as disk:
+
+        def work(mine: int) -> None:
+            try:
+                for number in range(mine, len(model) // stripe, threads):
+                    data = bytes([mine + 1]) * stripe
+                    disk.pwrite(data, number * stripe)
+                    model[number * stripe : (number + 1) * stripe] = data
+                    if number % 50 == mine:
+                        disk.flush()
+                    assert disk.pread(stripe, number * stripe) == data
+            except BaseException as error:
+                errors.append(error)
+
+        running = [threading.Thread(target=work, args=(mine,)) for mine in range(threads)]
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join()
+        assert not errors
+        assert disk.pread(len(model), 0) == model
+    assert check_sound(path.read_bytes()).read() == model
+
+
 # -- damaged and hostile images --------------------------------------------------------------
 
 
@@ -496,3 +526,60 @@ def test_warnings() -> None:
     assert QcowOptions(MIB).warnings() == []
     assert "weak" in QcowOptions(MIB, encrypt_format="aes").warnings()[0]
     assert "QEMU" in QcowOptions(0).warnings()[0]
+
+
+# -- forgetting all data ---------------------------------------------------------------------
+
+
+def test_an_emptied_image_shows_its_backing_file_and_gives_its_space_back() -> None:
+    below = b"\xff" * MIB
+    storage = memory_qcow(MIB, backing_file="base", cluster_size=4096)
+    fresh = bytes(storage.content)
+    disk = open_disk(storage, backing=raw_node(below))
+    disk.pwrite(b"a" * 100_000, 5000)
+    disk.write_packed(deflater("zlib")(b"p" * 4096), 500 * 1024)
+    assert disk.pread(10, 500 * 1024) == b"p" * 10
+    drive(disk.node.make_empty())
+    assert storage.content == fresh
+    assert disk.pread(MIB, 0) == below
+    disk.write_packed(deflater("zlib")(b"q" * 4096), 500 * 1024)  # lands where the other one was
+    assert disk.pread(10, 500 * 1024) == b"q" * 10
+    disk.pwrite(b"b", 0)
+    assert disk.pread(3, 0) == b"b\xff\xff"
+    disk.close()
+    assert check_sound(storage.content).read(below)[:3] == b"b\xff\xff"
+
+
+def test_emptying_keeps_an_l1_table_that_has_moved() -> None:
+    storage = memory_qcow(MIB)
+    disk = open_disk(storage)
+    disk.pwrite(b"a" * MIB, 0)
+    disk.resize(20 * MIB)
+    drive(disk.node.set_backing("base"))
+    disk.pwrite(b"b" * MIB, 15 * MIB)
+    drive(disk.node.make_empty())
+    disk.pwrite(b"c", 19 * MIB)
+    disk.close()
+    check_sound(storage.content)
+    disk = open_disk(storage)
+    assert disk.node.backing_name == "base"
+    assert disk.pread(20 * MIB, 0) == bytes(19 * MIB) + b"c" + bytes(MIB - 1)
+
+
+def test_a_failed_emptying_stops_all_changes() -> None:
+    storage = FailingStorage(BLOCKING, memory_qcow(4 * MIB, backing_file="base").content)
+    disk = open_disk(storage, backing=raw_node(b"\xff" * MIB))
+    disk.pwrite(b"a" * 4096, 0)
+    disk.flush()
+    storage.fail_at = storage.writes + 1
+    with pytest.raises(NoSpaceError):
+        drive(disk.node.make_empty())
+    assert disk.pread(4096, 0) == b"a" * 4096
+    with pytest.raises(CorruptImageError, match="not changed any more"):
+        disk.pwrite(b"x", 0)
+    disk.close()
+    assert check_sound(storage.content).read(b"\xff" * MIB)[:5] == b"aaaaa"
+
+
+def test_what_it_says_of_itself() -> None:
+    assert drive(open_disk(memory_qcow(MIB)).node.describe()) == {"cluster-size": 4096, "dirty-flag": False}

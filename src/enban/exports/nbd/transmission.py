@@ -22,6 +22,7 @@ import os
 import socket
 from time import perf_counter_ns
 
+from ...block import mover
 from ...block.runtime import drive
 from ...errors import EnbanError
 from ...storage import host
@@ -256,7 +257,7 @@ class Transmission:
         may_write = not export.read_only and not door.writethrough
         locate, locate_write = node.locate, node.locate_write
         pack_read, pack_done = self._codec.pack_read_header_into, self._codec.pack_done_into
-        preadv, pwrite = os.preadv, os.pwrite
+        preadv, pwrite, write_now = os.preadv, os.pwrite, mover.write_now
         late: list[ParsedRequest] = []
         source, out, pos = self._in, self._out, self._pos
         hot = 0
@@ -304,10 +305,14 @@ class Transmission:
                             n = pwrite(fd, source[payload : payload + length], place)
                         except OSError:
                             n = -1
-                        if n == length:
-                            pos = pack_done(out, pos, cookie, offset)
-                            hot += 1
-                            continue
+                    elif place < 0 and write_now(node, source[payload : payload + length], base + offset):
+                        n = length
+                    else:
+                        n = -1
+                    if n == length:
+                        pos = pack_done(out, pos, cookie, offset)
+                        hot += 1
+                        continue
             self._pos = pos
             self._serve(request)
             if self._leaving:

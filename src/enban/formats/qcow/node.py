@@ -535,3 +535,4 @@ class QcowNode(Node):
     async def corrupted(self) -> None:
         """No new changes; those made before go to tables that were vetted and may still be flushed."""
         self._damaged = True
+        self._overwritable = {}

@@ -40,8 +40,8 @@ async def set_backing(node: QcowNode, name: str) -> None:
 def metadata_end(node: QcowNode) -> HostOffset:
     """The end of the header, the L1 table and the backing file's name, wherever they stand."""
     header = node.header
-    end = header.l1_offset + len(node.l1) * 8
-    return align_up(max(end, header.backing_offset + header.backing_length), SECTOR)
+    l1_end = header.l1_offset + align_up(len(node.l1) * 8, SECTOR)
+    return max(l1_end, header.backing_offset + header.backing_length)
 
 
 async def make_empty(node: QcowNode) -> None:

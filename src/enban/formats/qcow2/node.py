@@ -339,11 +339,12 @@ class Qcow2Node(Node):
             table.pins += 1
         finally:
             self.mutex.release()
-        # Space that reads as zeros takes the place of nothing, which reads as zeros.
         inside = offset & self.cluster_mask
-        if clean:
+        if clean:  # what reads as zeros takes the place of what read as zeros
             return Piece(offset, length, self.data, link.host + inside, fill=False, token=link)
-        raise AssertionError
+        start = offset - inside
+        length = min(self.cluster_size, self.size - start)
+        return Piece(start, length, self.data, link.host, fill=True, token=link)
 
     async def _make_room(self) -> None:
         """Before changing more: write out changes if many have collected, take back free clusters."""
@@ -516,12 +517,16 @@ class Qcow2Node(Node):
         return host
 
     async def publish(self, pieces: list[Piece]) -> None:
-        async with self.mutex:
+        if not self.mutex.try_acquire():
+            await self.mutex.__aenter__()
+        try:
             for piece in pieces:
                 link = piece.token
                 if isinstance(link, Link):
                     self._link(link)
                     self.cache.tables[link.index].pins -= 1
+        finally:
+            self.mutex.release()
 
     def _link(self, link: Link) -> None:
         entries = self.cache.tables[link.index].entries
@@ -593,9 +598,10 @@ class Qcow2Node(Node):
         elif entry & OFFSET_MASK and not self.external:
             self._unlink((entry & OFFSET_MASK) >> self.cluster_bits, 1)
 
-    async def release_quarantine(self) -> None:
+    async def release_quarantine(self, *, least: int = 0) -> None:
         """Count down clusters whose unlinking is durable and that no running request can reach;
-        mutex held. Space that is free now is given back to the host before anyone can get it."""
+        mutex held. Runs of at least `least` bytes that are free now are given back to the host before
+        anyone can get them."""
         oldest = self.ledger.oldest if self.ledger is not None else 1
         due = [entry for entry in self.quarantine if entry[2] < oldest]
         if not due:
@@ -612,16 +618,16 @@ class Qcow2Node(Node):
                 if not left:
                     self._forget_clusters(first, span)
                     if first != end:
-                        await self.give_back(run, end)
+                        await self._give_back(run, end, least)
                         run = first
                     end = first + span
         finally:
             self.quarantine.extend(due)  # if a refcount block could not be read, the rest stays due
-            await self.give_back(run, end)
+            await self._give_back(run, end, least)
 
-    async def give_back(self, first: Cluster, end: Cluster) -> None:
+    async def _give_back(self, first: Cluster, end: Cluster, least: int) -> None:
         """Tell the host that the space of free clusters is not needed."""
-        if self.pass_discards and end > first:
+        if self.pass_discards and end - first << self.cluster_bits > least:
             try:
                 await self.file.discard(first << self.cluster_bits, end - first << self.cluster_bits)
             except EnbanError:

@@ -23,7 +23,7 @@ from array import array
 from ...wire.qcow2 import COMPRESSED, COPIED, OFFSET_MASK, SnapshotEntry, build_snapshots, unpack_compressed
 from .barrier import barrier
 from .mapping import run_ahead
-from .tables import to_big_endian
+from .tables import to_big_endian, toggle
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 
     from ...units import Cluster, HostOffset
     from .node import Qcow2Node
+
+
+# Tables that moved leave single clusters here and there, which are soon used again: giving each
+# back to the host would cost more than everything else.
+_WORTH_GIVING_BACK = 1 << 20
 
 
 class Change:
@@ -97,7 +102,7 @@ class _Switch:
         self._adopt()
         youngest = node.ledger.newest if node.ledger is not None else 0
         node.quarantine += [(first, count, youngest) for first, count in self.free]
-        await node.release_quarantine()
+        await node.release_quarantine(least=_WORTH_GIVING_BACK)
 
     async def _build(self) -> bytes:
         """Write everything new; the header fields that make it count."""
@@ -243,10 +248,7 @@ class _Switch:
                 if (entries[index * numbers] ^ flag) & COPIED:  # all of a run have the same flag
                     if changed is None:
                         changed = array("Q", entries)
-                    for i in range(
-                        (index + position) * numbers, (index + position + span) * numbers, numbers
-                    ):
-                        changed[i] = changed[i] & ~COPIED | flag
+                    toggle(changed, index + position, span, COPIED, numbers)
                 position += span
         return changed
 

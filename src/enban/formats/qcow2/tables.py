@@ -32,6 +32,16 @@ def to_big_endian(numbers: array[int], start: int = 0, end: int | None = None) -
     return part.tobytes()
 
 
+def toggle(numbers: array[int], first: int, count: int, flag: int, step: int) -> None:
+    """Flip a flag in the `count` entries from entry `first` on, every entry `step` numbers long."""
+    start, end = first * step, (first + count) * step
+    pattern = flag.to_bytes(8, sys.byteorder) + bytes(8 * (step - 1))
+    flipped = int.from_bytes(numbers[start:end], sys.byteorder) ^ int.from_bytes(
+        pattern * count, sys.byteorder
+    )
+    numbers[start:end] = array("Q", flipped.to_bytes(8 * (end - start), sys.byteorder))
+
+
 class L2Table:
     """One L2 table. `fresh`: the L1 table on disk does not point here yet, so the whole table
     may be written at any time. `pins`: reservations that will publish into it. `writable`:

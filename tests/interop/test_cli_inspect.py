@@ -1,0 +1,188 @@
+"""info, map, measure, check and compare give what qemu-img gives, on images of every kind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.command import enban
+from tests.cli.zoo import ZOO
+from tests.support import needs_qemu_img, needs_qemu_io, qemu_img
+
+pytestmark = pytest.mark.interop
+
+
+class Zoo:
+    """Makes each image once and keeps it; the tests only read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._made: dict[str, Path] = {}
+
+    def __getitem__(self, name: str) -> Path:
+        if name not in self._made:
+            (self.folder / name).mkdir()
+            self._made[name] = ZOO[name](self.folder / name)
+        return self._made[name]
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    return Zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(params=sorted(ZOO))
+def image(request: pytest.FixtureRequest, zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    made = zoo[request.param]
+    monkeypatch.chdir(made.parent)  # QEMU looks for data files from here
+    yield Path(made.name)
+
+
+def peer(*words: str | Path) -> tuple[int, str]:
+    done = subprocess.run(["qemu-img", *map(str, words)], capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode, done.stdout
+
+
+@needs_qemu_img
+@needs_qemu_io
+class TestSame:
+    def test_info_json(self, image: Path) -> None:
+        ours = json.loads(enban("info", "--output=json", image).out)
+        assert ours == json.loads(qemu_img("info", "--output=json", image))
+
+    def test_info_human(self, image: Path) -> None:
+        assert enban("info", image).out == qemu_img("info", image)
+
+    def test_info_of_the_chain(self, image: Path) -> None:
+        ours = json.loads(enban("info", "--backing-chain", "--output=json", image).out)
+        assert ours == json.loads(qemu_img("info", "--backing-chain", "--output=json", image))
+        assert enban("info", "--backing-chain", image).out == qemu_img("info", "--backing-chain", image)
+
+    def test_map_json(self, image: Path) -> None:
+        assert enban("map", "--output=json", image).out == qemu_img("map", "--output=json", image)
+
+    def test_map_human(self, image: Path) -> None:
+        code, out = peer("map", image)
+        assert enban("map", image, code=code).out == out
+
+    @pytest.mark.parametrize(
+        ("offset", "length"), [("5000", "70000"), ("0", "1"), ("1M", "1M"), ("3000k", "64M"), ("1G", "1M")]
+    )
+    def test_map_of_a_part(self, image: Path, offset: str, length: str) -> None:
+        words = ["map", "--output=json", f"--start-offset={offset}", f"--max-length={length}", image]
+        assert enban(*words).out == qemu_img(*words)
+
+    @pytest.mark.parametrize(
+        "target",
+        [
+            "-O raw",
+            "-O qcow2",
+            "-O qcow2 -o compat=0.10",
+            "-O qcow2 -o cluster_size=512",
+            "-O qcow2 -o cluster_size=2M,extended_l2=on",
+            "-O qcow2 -o refcount_bits=64,cluster_size=4k",
+            "-O qcow2 -o preallocation=full",
+        ],
+    )
+    def test_measure(self, image: Path, target: str) -> None:
+        words = ["measure", *target.split(), image]
+        code, out = peer(*words)  # 1 where the disk is too large for the clusters
+        assert enban(*words, code=code).out == out
+        if not code:
+            ours = json.loads(enban(*words, "--output=json").out)
+            assert ours == json.loads(qemu_img(*words, "--output=json"))
+
+    def test_check(self, image: Path) -> None:
+        code, out = peer("check", image)
+        assert enban("check", image, code=code).out == out
+        if code != 63:
+            ours = json.loads(enban("check", "--output=json", image, code=code).out)
+            assert ours == json.loads(peer("check", "--output=json", image)[1])
+
+
+@needs_qemu_img
+@pytest.mark.parametrize(
+    "words",
+    [
+        "-O raw --size 1000",
+        "-O qcow2 --size 0",
+        "-O qcow2 --size 1",
+        "-O qcow2 --size 10G",
+        "-O qcow2 --size 8T -o cluster_size=2M",
+        "-O qcow2 --size 123456789 -o refcount_bits=1,cluster_size=512",
+        "-O qcow2 --size 5G -o preallocation=metadata",
+        "-O qcow2 --size 5G -o preallocation=falloc,extended_l2=on",
+    ],
+)
+def test_measure_of_a_size(words: str) -> None:
+    assert enban("measure", *words.split()).out == qemu_img("measure", *words.split())
+
+
+@needs_qemu_img
+@needs_qemu_io
+@pytest.mark.parametrize("snapshot", ["before", "2", "snapshot.name=after", "snapshot.id=1"])
+def test_measure_of_a_snapshot(zoo: Zoo, snapshot: str) -> None:
+    words = ["measure", "-O", "qcow2", "-l", snapshot, zoo["snapshots"]]
+    assert enban(*words).out == qemu_img(*words)
+
+
+PAIRS = [
+    ("v3", "v2"),
+    ("v3", "cluster-512"),
+    ("v3", "metadata"),
+    ("v3", "subclusters"),
+    ("v3", "raw"),
+    ("v3", "bitmaps"),
+    ("raw", "raw"),
+    ("raw-one-hole", "qcow2-empty"),
+    ("raw-empty", "qcow2-of-size-0"),
+    ("raw-odd-size", "raw-one-hole"),
+    ("chain", "v3"),
+    ("v3", "compressed-zstd"),
+    ("cluster-4k-refcount-1", "fragmented"),
+    ("chain-longer-than-raw-base", "raw-one-hole"),
+]
+
+
+@needs_qemu_img
+@needs_qemu_io
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+def test_compare(zoo: Zoo, one: str, other: str) -> None:
+    for first, second in ((zoo[one], zoo[other]), (zoo[other], zoo[one])):
+        code, out = peer("compare", first, second)
+        assert code in (0, 1)
+        assert enban("compare", first, second, code=code).out == out
+        assert enban("compare", "-q", first, second, code=code).out == ""
+
+
+@needs_qemu_img
+@needs_qemu_io
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+def test_compare_strictly(zoo: Zoo, one: str, other: str) -> None:
+    code, out = peer("compare", "-s", zoo[one], zoo[other])
+    assert enban("compare", "-s", zoo[one], zoo[other], code=code).out == out
+
+
+@needs_qemu_img
+@pytest.mark.parametrize("words", [("nothing-here", "nothing-here"), ("nothing-here", "@")])
+def test_compare_with_what_is_not_there(zoo: Zoo, words: tuple[str, str]) -> None:
+    names = [str(zoo["raw"]) if word == "@" else word for word in words]
+    code, _ = peer("compare", *names)
+    enban("compare", *names, code=code)
+
+
+@needs_qemu_img
+@needs_qemu_io
+def test_image_opts_and_json_names(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = zoo["chain"]
+    monkeypatch.chdir(path.parent)
+    options = f"driver=qcow2,file.filename={path.name}"
+    assert enban("map", "--output=json", "--image-opts", options).out == qemu_img(
+        "map", "--output=json", "--image-opts", options
+    )
+    name = json.dumps({"driver": "qcow2", "file": {"driver": "file", "filename": path.name}})
+    assert enban("map", "--output=json", f"json:{name}").out == qemu_img("map", "--output=json", path.name)
