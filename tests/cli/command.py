@@ -55,5 +55,11 @@ def environment() -> dict[str, str]:
 def process(*words: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
     """Run a command as a process of its own."""
     return subprocess.run(
-        command(*words), capture_output=True, text=True, timeout=120, check=False, env=environment(), **options
+        command(*words),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment(),
+        **options,
     )  # type: ignore[call-overload,no-any-return]

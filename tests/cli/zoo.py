@@ -107,7 +107,7 @@ def nothing(folder: Path) -> Path:
 
 @animal("qcow2-empty")
 def empty(folder: Path) -> Path:
-    qemu_img("create", "-q", "-f", "qcow2", folder / "empty.qcow2", "1T")
+    qemu_img("create", "-q", "-f", "qcow2", folder / "empty.qcow2", "64G")
     return folder / "empty.qcow2"
 
 

@@ -43,7 +43,9 @@ def image(request: pytest.FixtureRequest, zoo: Zoo, monkeypatch: pytest.MonkeyPa
 
 
 def peer(*words: str | Path) -> tuple[int, str]:
-    done = subprocess.run(["qemu-img", *map(str, words)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        ["qemu-img", *map(str, words)], capture_output=True, text=True, timeout=60, check=False
+    )
     return done.returncode, done.stdout
 
 

@@ -62,9 +62,11 @@ class Door:
         try:
             result = await work
         except BaseException as error:
-            if isinstance(error, CorruptImageError) and error.path == self.node.name:
-                await self.node.corrupted()
-            self.ledger.end(request, error)
+            try:
+                if isinstance(error, CorruptImageError) and error.path == self.node.name:
+                    await self.node.corrupted()
+            finally:
+                self.ledger.end(request, error)
             raise
         self.ledger.end(request)
         return result

@@ -234,6 +234,11 @@ class Node:
         the old name or the new. Guest data and `backing` stay as they are."""
         raise UnsupportedOperationError(f"format {self.format} has no backing files", path=self.name)
 
+    def state_zeroes(self) -> bool:
+        """From now on `zero` marks a range also where it reads as zeros already, because the layer below
+        is about to be replaced. False: this node cannot mark zeros, they must be written."""
+        return False
+
     async def make_empty(self) -> None:
         """Forget all guest data, so that the backing file shows everywhere. Nothing else is in flight."""
         raise UnsupportedOperationError(f"format {self.format} cannot be emptied", path=self.name)

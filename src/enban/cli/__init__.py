@@ -25,10 +25,12 @@ VERBS = {
     "measure": "Tell how large a file a new image needs",
     "dd": "Copy a part of a disk into a new image",
     "rebase": "Base an image on another backing file, or on none",
+    "snapshot": "List, create, apply and delete the snapshots inside an image",
     "commit": "Write the data of an image into its backing file",
+    "serve": "Serve disks over NBD",
 }
 # Verbs that may leave something half-made if they are killed: they clean up on SIGTERM too.
-_MAKERS = ("create", "convert", "dd", "rebase", "commit", "resize", "check")
+_MAKERS = ("create", "convert", "dd", "rebase", "commit", "resize", "check", "snapshot")
 _ERROR = {"compare": 2}  # where 1 means something else than "failed"
 
 EXIT_BUG, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 70, 130, 141, 143

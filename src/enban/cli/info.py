@@ -52,14 +52,14 @@ def describe(info: dict[str, Any]) -> list[str]:
         if "backing-filename-format" in info:
             lines.append(f"backing file format: {shown(info['backing-filename-format'])}")
     if info.get("snapshots"):
-        lines += ["Snapshot list:", *_snapshots(info["snapshots"])]
+        lines += ["Snapshot list:", *snapshot_lines(info["snapshots"])]
     if "format-specific" in info:
         lines.append("Format specific information:")
         lines += _tree(info["format-specific"]["data"], 4)
     return lines
 
 
-def _snapshots(snapshots: list[dict[str, Any]]) -> list[str]:
+def snapshot_lines(snapshots: list[dict[str, Any]]) -> list[str]:
     from time import localtime, strftime
 
     lines = [f"{'ID':<9} {'TAG':<16} {'VM SIZE':>8} {'DATE':>19} {'VM CLOCK':>12} {'ICOUNT':>10}"]

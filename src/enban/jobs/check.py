@@ -53,7 +53,13 @@ def check(
     reference = path if isinstance(path, dict) else fspath(path)
     return drive(
         run_check(
-            reference, BLOCKING, repair=repair, format=format, progress=progress, lock=not force_share, cache=cache
+            reference,
+            BLOCKING,
+            repair=repair,
+            format=format,
+            progress=progress,
+            lock=not force_share,
+            cache=cache,
         )
     )
 

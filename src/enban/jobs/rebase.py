@@ -17,9 +17,12 @@ from enban.block.gate import TRUSTED
 from enban.block.runtime import BLOCKING, drive
 from enban.catalog import Opener
 from enban.errors import UsageError
-from enban.jobs.copying import GRAIN, pieces
+from enban.jobs.copying import pieces
 from enban.jobs.create import open_backing
 from enban.jobs.map import PRESENT, READS_ZERO, padded, pairs, same_place, walk
+from enban.units import align_down, align_up
+
+_EQUAL, _ZERO, _DATA = 0, 1, 2
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -87,61 +90,82 @@ def _identities(node: Node | None) -> Iterator[Hashable]:
 
 def _copy_differences(disk: Disk, new: Disk | None, progress: Progress | None) -> int:
     """Write into the image what it would lose; the number of bytes."""
-    copied = 0
-    for start, length in _doubtful(disk, new):
+    copier = _Copier(disk, new)
+    for start, length in _units(_doubtful(disk, new), disk.node.grain, disk.size):
         for place, n in pieces(start, length):
-            copied += _copy_piece(disk, new, place, n)
+            copier.copy(place, n)
         if progress is not None:
             progress.update(start + length, disk.size)
     if progress is not None:
         progress.update(disk.size, disk.size)
-    return copied
+    return copier.copied
 
 
 def _doubtful(disk: Disk, new: Disk | None) -> Iterator[tuple[int, int]]:
-    """Ranges that the image leaves to its backing file and that the tables do not prove equal."""
-    end = disk.size
+    """Ranges (start, length) that the image leaves to its backing file and that the tables do not
+    prove equal."""
     if new is None:
-        for start, length, depth, flags, _, _ in walk(disk.node, 0, end):
+        for start, length, depth, flags, _, _ in walk(disk.node, 0, disk.size):
             if depth and not flags & READS_ZERO:
                 yield start, length
         return
-    for start, length, ours, theirs in pairs(walk(disk.node, 0, end), padded(new.node, 0, end)):
+    for start, length, ours, theirs in pairs(walk(disk.node, 0, disk.size), padded(new.node, 0, disk.size)):
         if ours[2] == 0 and ours[3] & PRESENT:
             continue
         if not (ours[3] & theirs[3] & READS_ZERO or same_place(ours, theirs)):
             yield start, length
 
 
-def _copy_piece(disk: Disk, new: Disk | None, place: int, length: int) -> int:
-    ours, theirs = bytearray(length), bytearray(length)
-    disk.readinto(ours, place)
-    if new is not None and place < new.size:
-        inside = min(length, new.size - place)
-        with memoryview(theirs) as view:
-            new.readinto(view[:inside], place)
-    if ours == theirs:
-        return 0
-    copied = 0
-    for start, end in _differing(ours, theirs):
-        part = ours[start:end]
-        if part.count(0) == len(part):
-            disk.write_zeroes(place + start, end - start)
-        else:
-            disk.pwrite(part, place + start)
-        copied += end - start
-    return copied
+def _units(ranges: Iterator[tuple[int, int]], unit: int, size: int) -> Iterator[tuple[int, int]]:
+    """The same ranges grown to whole units, none of them twice."""
+    done = 0
+    for start, length in ranges:
+        first = max(done, align_down(start, unit))
+        done = max(done, min(size, align_up(start + length, unit)))
+        if first < done:
+            yield first, done - first
 
 
-def _differing(ours: bytearray, theirs: bytearray) -> Iterator[tuple[int, int]]:
-    """The parts [start, end) in which two buffers differ, in whole grains."""
-    begin = -1
-    for start in range(0, len(ours), GRAIN):
-        differs = ours[start : start + GRAIN] != theirs[start : start + GRAIN]
-        if differs and begin < 0:
-            begin = start
-        elif not differs and begin >= 0:
-            yield begin, start
-            begin = -1
-    if begin >= 0:
-        yield begin, len(ours)
+class _Copier:
+    """Copies what differs, unit by unit: a unit is allocated whole anyway.
+
+    Zeros are marked where the format can do that, otherwise written; leaving them out because the
+    old backing file reads as zeros there would show the new one.
+    """
+
+    def __init__(self, disk: Disk, new: Disk | None) -> None:
+        self.disk = disk
+        self.new = new
+        self.unit = disk.node.grain
+        self.marks = disk.node.state_zeroes()
+        self.copied = 0
+
+    def copy(self, place: int, length: int) -> None:
+        """Compare a range, made of whole units, and write what of it differs."""
+        ours, theirs = bytearray(length), bytearray(length)
+        self.disk.readinto(ours, place)
+        if self.new is not None and place < self.new.size:
+            with memoryview(theirs) as view:
+                self.new.readinto(view[: min(length, self.new.size - place)], place)
+        if ours == theirs:
+            return
+        begin, before = 0, _EQUAL
+        for start in range(0, length, self.unit):
+            kind = self._kind(ours[start : start + self.unit], theirs[start : start + self.unit])
+            if kind != before:
+                self._write(ours, place, begin, start, before)
+                begin, before = start, kind
+        self._write(ours, place, begin, length, before)
+
+    def _kind(self, ours: bytearray, theirs: bytearray) -> int:
+        if ours == theirs:
+            return _EQUAL
+        return _ZERO if self.marks and ours.count(0) == len(ours) else _DATA
+
+    def _write(self, ours: bytearray, place: int, start: int, end: int, kind: int) -> None:
+        if kind == _ZERO:
+            self.disk.write_zeroes(place + start, end - start)
+        elif kind == _DATA:
+            self.disk.pwrite(memoryview(ours)[start:end], place + start)
+        if kind != _EQUAL:
+            self.copied += end - start

@@ -188,6 +188,27 @@ class Header:
         if data is not None:
             self.extensions.append((kind, data))
 
+    def _fields(self, name_offset: int) -> bytes:
+        return HEADER_V2.pack(
+            MAGIC,
+            self.version,
+            name_offset,
+            len(self.backing_name),
+            self.cluster_bits,
+            self.size,
+            self.crypt_method,
+            self.l1_entries,
+            self.l1_offset,
+            self.refcount_table_offset,
+            self.refcount_table_clusters,
+            self.snapshot_count,
+            self.snapshots_offset,
+        )
+
+    def state(self) -> bytes:
+        """Bytes 24 to 72 of the header: the size and where the tables are. All in one sector."""
+        return self._fields(0)[24:]
+
     def build(self) -> bytes:
         """The header cluster's used part: fields, extensions, backing name.
 
@@ -201,23 +222,7 @@ class Header:
         if self.version > 2 or self.extensions:
             tail += bytes(8)
         name_offset = length + len(tail) if self.backing_name else 0
-        out = bytearray(
-            HEADER_V2.pack(
-                MAGIC,
-                self.version,
-                name_offset,
-                len(self.backing_name),
-                self.cluster_bits,
-                self.size,
-                self.crypt_method,
-                self.l1_entries,
-                self.l1_offset,
-                self.refcount_table_offset,
-                self.refcount_table_clusters,
-                self.snapshot_count,
-                self.snapshots_offset,
-            )
-        )
+        out = bytearray(self._fields(name_offset))
         if self.version > 2:
             out += HEADER_V3.pack(
                 self.incompatible, self.compatible, self.autoclear, self.refcount_order, self.header_length

@@ -163,7 +163,8 @@ class Server:
         except BlockingIOError:
             return
         if _STATUS in said:
-            self.log(self.status())
+            for line in self.status().splitlines():
+                self.log(line)
 
     def _accept(self, listener: socket.socket) -> bool:
         """Let one client in; False if this machine cannot take more now."""

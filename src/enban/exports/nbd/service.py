@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import tempfile
 import threading
 
@@ -228,8 +227,3 @@ def _catch_signals(server: Server, stack: contextlib.ExitStack) -> None:
             signal.signal(number, handler)
 
     stack.callback(restore)
-
-
-def to_stderr(text: str) -> None:
-    """A log for `serve`."""
-    print(text, file=sys.stderr, flush=True)

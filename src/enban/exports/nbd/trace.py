@@ -22,6 +22,7 @@ import os
 import threading
 from time import perf_counter_ns
 
+from ...block.locks import RangeLocks
 from ...errors import from_oserror
 from ...wire.nbd.constants import COMMAND_NAMES
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any
 
+    from ...block.locks import HeldRange
     from ...block.node import Node
     from ...wire.nbd.messages import ParsedRequest
 
@@ -39,6 +41,7 @@ _NODE = (
     ("locate", False, "map"),
     ("lookup", False, "map"),
     ("locate_write", False, "map for overwriting"),
+    ("claim", False, "reserve at once"),
     ("load", True, "load table"),
     ("reserve", True, "reserve"),
     ("publish", True, "publish"),
@@ -50,6 +53,7 @@ _NODE = (
 _STORAGE = (
     ("read_now", False, "read"),
     ("read_into", True, "read"),
+    ("write_now", False, "write"),
     ("write", True, "write"),
     ("flush", True, "sync"),
     ("write_zeroes", True, "write zeroes"),
@@ -154,7 +158,7 @@ class Trace:
         while layer is not None:
             for method, is_coroutine, words in _NODE:
                 self._wrap(layer, method, is_coroutine, words, "node", layer.name)
-            self._wrap(layer.ranges, "acquire", True, "wait for range lock", "lock", layer.name)
+            layer.ranges = TracedLocks(self, layer)
             for storage in (layer.file, layer.data):
                 if id(storage) not in seen:
                     seen.add(id(storage))
@@ -183,6 +187,23 @@ class Trace:
                 self.span(name, kind, start, _facts(args))
 
         setattr(target, method, waiting if is_coroutine else plain)
+
+
+class TracedLocks(RangeLocks):
+    """Range locks that tell how long each was waited for."""
+
+    __slots__ = ("_name", "_trace")
+
+    def __init__(self, trace: Trace, node: Node) -> None:
+        super().__init__(node.runtime)
+        self._trace = trace
+        self._name = f"wait for range lock ({os.path.basename(node.name)})"
+
+    async def acquire(self, start: int, end: int) -> HeldRange:
+        begun_ns = perf_counter_ns()
+        held = await super().acquire(start, end)
+        self._trace.span(self._name, "lock", begun_ns, {"offset": start, "length": end - start})
+        return held
 
 
 class Life:

@@ -44,8 +44,11 @@ class Changes:
         self.l1 = set(node.l1_dirty)
         self.table_entries = set(node.refcounts.table_dirty)
         self.moved, node.refcounts.moved = node.refcounts.moved, None
+        self.header, node.header_doubtful = node.header_doubtful, False
         self.settled = False  # step 1 is durable
         self.unlinked = node.unlinked
+        if self.header:
+            self.second.append((24, node.header.state()))
         self._take_refcounts(node)
         self._take_mapping(node)
         node.unlinked = []
@@ -121,9 +124,19 @@ class Changes:
                 node.cache.dirty.add(index)
         node.l1_dirty |= self.l1
         node.refcounts.table_dirty |= self.table_entries
-        if node.refcounts.moved is None:
-            node.refcounts.moved = self.moved
         node.unlinked = self.unlinked + node.unlinked
+        node.header_doubtful |= self.header
+        if self.moved is not None:
+            if self.settled:
+                # The header may name the new table already, so it counts as moved from now on; the
+                # next barrier makes sure of the header before it frees the old table.
+                node.unlinked.append(node.refcount_table_moved(self.moved))
+                node.header_doubtful = True
+            elif node.refcounts.moved is None:
+                node.refcounts.moved = self.moved
+            else:  # outgrown before it came into use
+                offset, clusters = self.moved
+                node.unlinked.append((offset >> node.cluster_bits, clusters, 0))
 
 
 def runs(sectors: set[int]) -> list[tuple[int, int]]:
@@ -159,7 +172,7 @@ async def barrier(node: Qcow2Node) -> None:
         async with node.mutex:
             changes.done(node)
             if changes.moved is not None:
-                await node.refcount_table_moved(changes.moved)
+                node.quarantine.append(node.refcount_table_moved(changes.moved))
             node.quarantine.extend(changes.unlinked)
             await node.release_quarantine()
         node.barriers_done = number

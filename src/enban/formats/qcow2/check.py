@@ -54,12 +54,13 @@ class Meter:
         self._stages = stages
         self._stage = 0
         self._share = 1
+        self._unit = 0
         self._done = 0
+        self._shown = 0
 
     def begin(self, stage: int, share: int) -> None:
         """Enter a stage (0, 1, ...) of `share` bytes; the first call sets what every stage counts for."""
-        if self._stage == 0 and not self._done:
-            self._unit = max(1, share)
+        self._unit = self._unit or max(1, share)
         self._stage = stage
         self._share = max(1, share)
         self._done = 0
@@ -69,7 +70,8 @@ class Meter:
         self._done = min(self._done + length, self._share)
         if self._report is not None:
             whole = self._stage * self._unit + self._done * self._unit // self._share
-            self._report(min(whole, self._stages * self._unit), self._stages * self._unit)
+            self._shown = min(max(self._shown, whole), self._stages * self._unit)
+            self._report(self._shown, self._stages * self._unit)
 
     def finish(self) -> None:
         self.begin(self._stages, 1)
@@ -89,7 +91,7 @@ class Checker:
         self.image = Image(node)
         if self.image.clusters > MOST_CLUSTERS:
             raise UnsupportedOperationError(
-                f"a file of {self.image.file_size} bytes with clusters of {self.image.cluster} bytes is too large to check",
+                f"a file of {self.image.clusters} clusters is too large to check",
                 path=node.name,
             )
         self.findings = Findings()
@@ -99,7 +101,9 @@ class Checker:
         per_block = self.image.per_block
         self.window = -(-window // per_block) * per_block
         self.top: Cluster = -1
+        self.clashing: set[Cluster] = set()  # two tables claim them
         self.mapped = True  # whether references to the refcount table and blocks count
+        self.extra: tuple[Cluster, Cluster] = (0, 0)  # clusters that count as referenced once more
         self._want_numpy = numpy
         self._numpy: ModuleType | None = None
         self._disorder = 0  # bytes of tables that were not simply in order
@@ -124,7 +128,7 @@ class Checker:
         not_copied = not_copied or self.tally.past_end or self.layout.lost_tables > 0
         for (lo, hi, perfect), reach in zip(finished, self.reaches(windows), strict=True):
             if not_copied or not perfect:
-                await self.copied(lo, reach, await self._ones(lo, hi))
+                await self.copied(lo, reach, await self.ones(lo, hi))
 
     def begin(self, stage: int, windows: int) -> None:
         """A stage that goes through all L2 tables for each window, and through the refcount blocks."""
@@ -146,9 +150,13 @@ class Checker:
         result.dirty = bool(image.header.incompatible & DIRTY)
         result.corrupt = bool(image.header.incompatible & CORRUPT)
         if result.dirty:
-            findings.add("dirty", 72, "the dirty bit is set: the image was not closed, its refcounts may be behind")
+            findings.add(
+                "dirty", 72, "the dirty bit is set: the image was not closed, its refcounts may be behind"
+            )
         if result.corrupt:
-            findings.add("corrupt", 72, "the corrupt bit is set: the image must be repaired before it is written")
+            findings.add(
+                "corrupt", 72, "the corrupt bit is set: the image must be repaired before it is written"
+            )
         result.findings, result.kinds = findings.kept, findings.kinds
         return result
 
@@ -198,6 +206,7 @@ class Checker:
 
     def _count_metadata(self, counts: Counts) -> None:
         layout, image = self.layout, self.image
+        counts.add(*self.extra)
         for first, end, what in layout.uses:
             if self.mapped or what != "refcount table":
                 counts.add(first, end)
@@ -230,7 +239,9 @@ class Checker:
                 offset = offsets[row]
                 words = from_big_endian(buffer[row << image.bits : row + 1 << image.bits])
                 active, weight = layout.active(offset), layout.weight(offset)
-                scan_table(image, words, offset, active, weight, counts, tally, self.findings if report else None)
+                scan_table(
+                    image, words, offset, active, weight, counts, tally, self.findings if report else None
+                )
             self.meter.step(len(offsets) << image.bits)
         return counts
 
@@ -261,7 +272,7 @@ class Checker:
         layout, bits, entries = self.layout, self.image.bits, self.image.header.l2_entries
         rows = []
         for row, offset in enumerate(offsets):
-            entry = self._regular(buffer, row)
+            entry = self.regular(buffer, row)
             if entry < 0:
                 rows.append(row)
             elif entry:
@@ -275,7 +286,7 @@ class Checker:
                     counts.add(start, start + entries, layout.weight(offset))
         return rows
 
-    def _regular(self, buffer: bytearray, row: int) -> int:
+    def regular(self, buffer: bytearray, row: int) -> int:
         """The first entry of a table that maps adjacent clusters in order or nothing at all; else -1."""
         image, entries = self.image, self.image.header.l2_entries
         if image.extended or entries < _TEMPLATE_FROM or self._want_numpy is not None:
@@ -399,23 +410,34 @@ class Checker:
             number = min(first + image.per_block, end) - first
             if counts.lo <= first < counts.hi and number > 0:
                 perfect = False
-                text = f"refcounts of {number} clusters from {first:#x} on are lost with refcount block {index}"
+                text = (
+                    f"refcounts of {number} clusters from {first:#x} on are lost with refcount block {index}"
+                )
                 findings.add("refcount-unreadable", first << image.bits, text, number)
         self.top = max(self.top, counts.top())
         for first, stop, uses in counts.excess(image.most_references):
-            number = (uses - image.most_references) * (stop - first)
-            text = f"cluster {first:#x} has {uses} references, more than a refcount can hold"
-            findings.add("refcount-overflow", first << image.bits, text, number)
+            over = uses - image.most_references
+            text = f"{uses} references to a cluster are more than a refcount can hold"
+            places = ((cluster << image.bits, text) for cluster in range(first, stop))
+            findings.many("refcount-overflow", over * (stop - first), places, over)
         if not counts.one_each:
             self._overlaps(counts)
         return perfect
 
     def _report_counts(self, found: Difference, end: Cluster) -> None:
-        texts: dict[str, list[tuple[HostOffset, str]]] = {"refcount-low": [], "refcount-leak": [], "leak-past-end": []}
+        texts: dict[str, list[tuple[HostOffset, str]]] = {
+            "refcount-low": [],
+            "refcount-leak": [],
+            "leak-past-end": [],
+        }
         for cluster, refcount, uses in found.examples:
-            kind = "refcount-low" if refcount < uses else "refcount-leak" if cluster < end else "leak-past-end"
+            kind = (
+                "refcount-low" if refcount < uses else "refcount-leak" if cluster < end else "leak-past-end"
+            )
             offset = cluster << self.image.bits
-            texts[kind].append((offset, f"cluster at {offset:#x} has refcount {refcount} and {uses} references"))
+            texts[kind].append(
+                (offset, f"cluster at {offset:#x} has refcount {refcount} and {uses} references")
+            )
         for kind, number in (
             ("refcount-low", found.low),
             ("refcount-leak", found.leaks),
@@ -430,7 +452,9 @@ class Checker:
 
         def look(cluster: Cluster, own: int, what: str) -> None:
             uses = counts.value(cluster)
-            if uses != own and cluster not in seen:
+            if cluster in seen:
+                self.clashing.add(cluster)
+            elif uses != own:
                 seen.add(cluster)
                 text = f"{what} at {cluster << image.bits:#x} shares its cluster with {uses - own} other uses"
                 findings.add("overlap", cluster << image.bits, text)
@@ -459,7 +483,7 @@ class Checker:
     def _l1_copied(self) -> list[bool]:
         return [bool(entry & COPIED) for entry in self.layout.l1 if entry & OFFSET_MASK]
 
-    async def _ones(self, lo: Cluster, hi: Cluster) -> bytearray:
+    async def ones(self, lo: Cluster, hi: Cluster) -> bytearray:
         """For each cluster of a window, whether its refcount is 1: 0, 1 or UNKNOWN."""
         image = self.image
         flags = bytearray(hi - lo)
@@ -472,7 +496,7 @@ class Checker:
                 if content == all_ones:
                     flags[start : start + image.per_block] = _ONE * image.per_block
                 elif any(content):
-                    flags[start : start + image.per_block] = single(decode(content, order))
+                    flags[start : start + image.per_block] = singles(decode(content, order))
         for index in self.layout.unreadable:
             if lo <= index * image.per_block < hi:
                 start = index * image.per_block - lo
@@ -492,6 +516,8 @@ class Checker:
             for row, places in self._wrong_flags(buffer, offsets, lo, reach, ones):
                 offset, sectors = offsets[row], set()
                 active = layout.active(offset)
+                if fix and offset >> bits in self.clashing:
+                    continue
                 wrong += len(places)
                 for place in places:
                     position = place * step
@@ -500,7 +526,9 @@ class Checker:
                         buffer[(row << bits) + position] ^= COPIED >> 56
                 if fix:
                     for start, end in runs(sectors):
-                        await image.file.write(buffer[(row << bits) + start : (row << bits) + end], offset + start)
+                        await image.file.write(
+                            buffer[(row << bits) + start : (row << bits) + end], offset + start
+                        )
                 else:
                     texts = self._flag_texts(buffer, row, offset, places)
                     self.findings.many("copied-l2", len(places) * active, texts, active)
@@ -530,6 +558,8 @@ class Checker:
             texts = ((start + index * 8, flag_text("L1", layout.l1[index])) for index in wrong)
             self.findings.many("copied-l1", len(wrong), texts)
             return len(wrong)
+        if self.clashing.intersection(range(*image.span(start, 8 * len(layout.l1)))):
+            return 0
         for index in wrong:
             layout.l1[index] ^= COPIED
         for first, end in runs({index // SECTOR_ENTRIES for index in wrong}):
@@ -545,7 +575,7 @@ class Checker:
         for row in range(len(offsets)):
             if image.external and lo:
                 break  # what lies in the data file is in no window: it is looked at with the first
-            entry = self._regular(buffer, row)
+            entry = self.regular(buffer, row)
             first = (entry & OFFSET_MASK) >> image.bits if entry > 0 else 0
             if entry == 0 or (first and (first >= reach or first + entries <= lo)):
                 continue
@@ -571,7 +601,7 @@ class Checker:
                 yield row, places
 
 
-def single(refcounts: Sequence[int]) -> bytes:
+def singles(refcounts: Sequence[int]) -> bytes:
     """For each number whether it is 1."""
     return bytes(map((1).__eq__, refcounts))
 

@@ -94,7 +94,9 @@ class Image:
         """(first, end) of the clusters that a region touches."""
         return offset >> self.bits, (offset + length - 1 >> self.bits) + 1
 
-    async def words(self, offset: HostOffset, end: HostOffset) -> AsyncIterator[tuple[HostOffset, array[int]]]:
+    async def words(
+        self, offset: HostOffset, end: HostOffset
+    ) -> AsyncIterator[tuple[HostOffset, array[int]]]:
         """The 8-byte numbers in a range, a chunk at a time with its offset; none from past the file's end."""
         end = min(end, self.file_size + -self.file_size % 8)
         while offset < end:
@@ -160,7 +162,9 @@ class Layout:
         if header.autoclear & ~(AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_DATA):
             unknown = header.autoclear & ~(AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_DATA)
             self.findings.add(
-                "unknown-autoclear", 88, f"autoclear feature bits {unknown:#x} are set, which this version does not know"
+                "unknown-autoclear",
+                88,
+                f"autoclear feature bits {unknown:#x} are set, which this version does not know",
             )
             self.doubt("an unknown feature may own them")
 
@@ -189,7 +193,9 @@ class Layout:
             position += -position % 8
             if position >= image.file_size:
                 left = header.snapshot_count - number
-                findings.add("snapshot-table", position, f"snapshot table ends before its last {left} entries")
+                findings.add(
+                    "snapshot-table", position, f"snapshot table ends before its last {left} entries"
+                )
                 self.doubt("snapshots are lost")
                 break
             head = await image.file.read(position, _SNAPSHOT_HEAD.size)
@@ -200,15 +206,21 @@ class Layout:
                 break
             if extra < 16 and header.version > 2:
                 findings.add(
-                    "snapshot-incomplete", position, f"snapshot {number} has no VM state size and disk size of its own"
+                    "snapshot-incomplete",
+                    position,
+                    f"snapshot {number} has no VM state size and disk size of its own",
                 )
                 self.incomplete_snapshots += 1
             position += _SNAPSHOT_HEAD.size + extra + id_length + name_length
             if image.external:
-                findings.add("snapshot-external", position, f"snapshot {number} in an image with an external data file")
+                findings.add(
+                    "snapshot-external", position, f"snapshot {number} in an image with an external data file"
+                )
             if l1_offset & image.mask or entries * 8 > MAX_L1_BYTES:
                 findings.add(
-                    "snapshot-l1", position, f"snapshot {number} has an L1 table of {entries} entries at {l1_offset:#x}"
+                    "snapshot-l1",
+                    position,
+                    f"snapshot {number} has an L1 table of {entries} entries at {l1_offset:#x}",
                 )
                 self.doubt("a snapshot's tables are lost")
                 continue
@@ -243,10 +255,14 @@ class Layout:
             findings.add("l1-no-table", place, f"L1 entry {entry:#x} has flags but no table", times)
             return
         if offset & image.mask:
-            findings.add("l1-unaligned", place, f"L1 entry points to {offset:#x}, which is not a cluster", times)
+            findings.add(
+                "l1-unaligned", place, f"L1 entry points to {offset:#x}, which is not a cluster", times
+            )
             self.doubt("an L2 table is lost")
         if image.outside(offset, image.cluster):
-            findings.add("l1-past-end", place, f"L2 table at {offset:#x} lies past the end of the file", times)
+            findings.add(
+                "l1-past-end", place, f"L2 table at {offset:#x} lies past the end of the file", times
+            )
             self.lost_tables += 1
             return
         self.l2[offset] = self.l2.get(offset, 0) + weight
@@ -286,7 +302,9 @@ class Layout:
             start, size = entry.table_offset, entry.table_entries * 8
             if not start or start & image.mask or not 0 < entry.table_entries <= _MOST_BITMAP_ENTRIES:
                 self.findings.add(
-                    "bitmap-table", offset, f"bitmap '{entry.name}' has a table of {entry.table_entries} entries at {start:#x}"
+                    "bitmap-table",
+                    offset,
+                    f"bitmap '{entry.name}' has a table of {entry.table_entries} entries at {start:#x}",
                 )
                 self.doubt("bitmaps are lost")
             elif self._use(start, size, f"table of bitmap '{entry.name}'"):
@@ -301,14 +319,18 @@ class Layout:
         offset = entry & OFFSET_MASK
         if entry & _BITMAP_RESERVED or (offset and (entry & _BITMAP_ALL_ONES or offset & image.mask)):
             if report:
-                self.findings.add("bitmap-entry", place, f"bitmap table entry {entry:#x} is not valid", weight)
+                self.findings.add(
+                    "bitmap-entry", place, f"bitmap table entry {entry:#x} is not valid", weight
+                )
                 self.doubt("bitmaps are lost")
             return -1
         if not offset:
             return -1
         if image.outside(offset, image.cluster):
             if report:
-                self.findings.add("past-end", place, f"bitmap data at {offset:#x} lies past the end of the file", weight)
+                self.findings.add(
+                    "past-end", place, f"bitmap data at {offset:#x} lies past the end of the file", weight
+                )
             return -1
         return offset >> image.bits
 
@@ -329,11 +351,19 @@ class Layout:
                 if block & image.mask:
                     self.unreadable.add(index)
                 if entry & ~REFTABLE_MASK:
-                    findings.add("block-reserved", place, f"refcount table entry {entry:#x} has reserved bits set")
+                    findings.add(
+                        "block-reserved", place, f"refcount table entry {entry:#x} has reserved bits set"
+                    )
                 elif block & image.mask:
-                    findings.add("block-unaligned", place, f"refcount block {index} at {block:#x} is not a cluster")
+                    findings.add(
+                        "block-unaligned", place, f"refcount block {index} at {block:#x} is not a cluster"
+                    )
                 elif block >> image.bits >= image.clusters:
-                    findings.add("block-past-end", place, f"refcount block {index} at {block:#x} lies past the end of the file")
+                    findings.add(
+                        "block-past-end",
+                        place,
+                        f"refcount block {index} at {block:#x} lies past the end of the file",
+                    )
                 else:
                     cluster = block >> image.bits
                     self.block_clusters[cluster] = self.block_clusters.get(cluster, 0) + 1

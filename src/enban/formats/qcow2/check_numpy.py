@@ -58,7 +58,9 @@ class NumpyCounts(Counts):
             self._total += (end - first) * weight
         self._spans = []
 
-    def points(self, clusters: NDArray[np.int64], weights: int | NDArray[np.uint32], *, repeated: bool = False) -> None:
+    def points(
+        self, clusters: NDArray[np.int64], weights: int | NDArray[np.uint32], *, repeated: bool = False
+    ) -> None:
         """References to clusters anywhere; those of this window count. repeated: a cluster may come twice."""
         if self.lo or not clusters.size or int(clusters.max()) >= self.hi:
             inside = (clusters >= self.lo) & (clusters < self.hi)
@@ -144,7 +146,8 @@ class NumpyCounts(Counts):
         found.past = int(np.count_nonzero(high[inside:]))
         if room > 0:
             found.examples = [
-                (first + index, int(disk[index]), int(wanted[index])) for index in np.flatnonzero(unequal)[:room].tolist()
+                (first + index, int(disk[index]), int(wanted[index]))
+                for index in np.flatnonzero(unequal)[:room].tolist()
             ]
         return found
 

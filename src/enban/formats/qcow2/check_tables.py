@@ -7,7 +7,6 @@ and leaves the others to this. (Specification, "L2 table entry", "Extended L2 En
 from __future__ import annotations
 
 from array import array
-from itertools import repeat
 
 from ...wire.qcow2 import (
     ALL_ALLOCATED,
@@ -67,11 +66,12 @@ def scan_table(
     """
     cluster, bits, mask, file_size = image.cluster, image.bits, image.mask, image.file_size
     external, extended = image.external, image.extended
-    bitmaps = words[1::2] if extended else repeat(0)
+    entries = words[::2] if extended else words
+    bitmaps = words[1::2] if extended else bytes(len(words))
     step = 16 if extended else 8
     expected = 0  # the offset that would follow the last one without a break
     first = end = 0  # a run of referenced clusters not yet counted
-    for index, (entry, bitmap) in enumerate(zip(words[::2] if extended else words, bitmaps)):
+    for index, (entry, bitmap) in enumerate(zip(entries, bitmaps, strict=True)):
         if not entry and not bitmap:
             continue
         if entry & COMPRESSED:
@@ -118,7 +118,13 @@ def at_start(image: Image, entry: int) -> bool:
 
 
 def _report(
-    image: Image, entry: int, bitmap: int, place: HostOffset, weight: int, tally: Tally | None, findings: Findings
+    image: Image,
+    entry: int,
+    bitmap: int,
+    place: HostOffset,
+    weight: int,
+    tally: Tally | None,
+    findings: Findings,
 ) -> None:
     """What is wrong with an entry that is not compressed."""
     offset = entry & OFFSET_MASK
@@ -126,7 +132,9 @@ def _report(
     if entry & L2_RESERVED:
         findings.add("l2-reserved", place, f"L2 entry {entry:#x} has reserved bits set", weight)
     if entry & ALL_ZERO and image.no_zero_flag:
-        findings.add("zero-flag", place, f"L2 entry {entry:#x} has a zero flag, which this image cannot have", weight)
+        findings.add(
+            "zero-flag", place, f"L2 entry {entry:#x} has a zero flag, which this image cannot have", weight
+        )
     if not offset and not at_start(image, entry):
         if bitmap & ALL_ALLOCATED:
             text = f"L2 entry {entry:#x} has no cluster but subclusters {bitmap & ALL_ALLOCATED:#x}"
@@ -137,7 +145,9 @@ def _report(
             text = f"subclusters {bitmap >> 32 & bitmap:#x} are called both data and zero"
             findings.add("subclusters-both", place, text, weight)
         if offset & image.mask:
-            findings.add("l2-unaligned", place, f"L2 entry points to {offset:#x}, which is not a cluster", weight)
+            findings.add(
+                "l2-unaligned", place, f"L2 entry points to {offset:#x}, which is not a cluster", weight
+            )
             repairable = not (bitmap & ALL_ALLOCATED if image.extended else not entry & ALL_ZERO)
             repairable = repairable and image.header.version > 2
     if repairable and tally is not None and not (offset >= image.file_size and not image.external):
@@ -157,13 +167,21 @@ def _scan_packed(
 ) -> None:
     repairable = bool(entry & COPIED)
     if entry & COPIED and findings is not None:
-        findings.add("packed-copied", place, f"L2 entry {entry:#x} of a compressed cluster has the COPIED flag", weight)
+        findings.add(
+            "packed-copied", place, f"L2 entry {entry:#x} of a compressed cluster has the COPIED flag", weight
+        )
     if image.external or bitmap:
         if findings is not None:
             if image.external:
-                kind, text = "packed-external", f"L2 entry {entry:#x} is compressed in an image with an external data file"
+                kind, text = (
+                    "packed-external",
+                    f"L2 entry {entry:#x} is compressed in an image with an external data file",
+                )
             else:
-                kind, text = "packed-subclusters", f"L2 entry {entry:#x} is compressed but has subclusters {bitmap:#x}"
+                kind, text = (
+                    "packed-subclusters",
+                    f"L2 entry {entry:#x} is compressed but has subclusters {bitmap:#x}",
+                )
             findings.add(kind, place, text, weight)
     else:
         offset, length = unpack_compressed(entry, image.bits)
@@ -207,9 +225,7 @@ def repaired_entry(image: Image, entry: int, bitmap: int) -> tuple[int, int]:
     return entry, bitmap
 
 
-def wrong_flags(
-    image: Image, words: array[int], lo: Cluster, reach: Cluster, ones: bytearray
-) -> list[int]:
+def wrong_flags(image: Image, words: array[int], lo: Cluster, reach: Cluster, ones: bytearray) -> list[int]:
     """Indexes of entries with a wrong COPIED flag, of those whose cluster is in [lo, reach).
 
     ones: for each cluster from `lo` on whether its refcount is 1, or UNKNOWN; behind those it is not.

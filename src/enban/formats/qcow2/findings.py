@@ -130,7 +130,7 @@ class Findings:
                 self.kept.append(Finding(kind, offset, text, count))
 
     def many(self, kind: str, count: int, examples: Iterable[tuple[int, str]], each: int = 1) -> None:
-        """`count` in all, of which the examples (in order, `each` counts each) are kept while there is room."""
+        """`count` in all; the examples, in order, are kept while there is room and count `each`."""
         if count:
             self.kinds[kind] = self.kinds.get(kind, 0) + count
             room = MOST_KEPT - len(self.kept)
@@ -144,8 +144,11 @@ class Findings:
     def room(self) -> int:
         return MOST_KEPT - len(self.kept)
 
-    def total(self, severity: str) -> int:
-        return sum(count for kind, count in self.kinds.items() if SEVERITY[kind] == severity)
+    def total(self, severity: str, *, but: tuple[str, ...] = ()) -> int:
+        """How many of a severity, kinds in `but` left out."""
+        return sum(
+            count for kind, count in self.kinds.items() if SEVERITY[kind] == severity and kind not in but
+        )
 
 
 class CheckResult:

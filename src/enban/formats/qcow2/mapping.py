@@ -49,18 +49,19 @@ def lookup_standard(node: Qcow2Node, entries: array[int], offset: GuestOffset, l
     bits = node.cluster_bits
     index = offset >> bits & node.l2_mask
     last = offset + length - 1 >> bits & node.l2_mask
-    entry = entries[index]
-    if entry & COMPRESSED:
-        return _packed(node, entry, offset, length)
-    entry &= MEANING
+    found = entries[index]  # once: another thread may change it while we look
+    if found & COMPRESSED:
+        return _packed(node, found, offset, length)
+    entry = found & MEANING
+    present = node.present(found)
     count = 1
     host = entry & OFFSET_MASK
     if host & node.cluster_mask:
         raise bad_entry(node, offset, f"points to {host:#x}, which is no cluster")
     if entry & ALL_ZERO and node.header.version < 3:
         raise bad_entry(node, offset, "has a zero flag, which version 2 does not know")
-    step = node.cluster_size if host or (node.external and entries[index] >> 63) else 0
-    count += run_ahead(entries, index + 1, last + 1, entries[index] + step, step)
+    step = node.cluster_size if present else 0
+    count += run_ahead(entries, index + 1, last + 1, found + step, step)
     if step:
         expected = entry + count * step
         while index + count <= last and entries[index + count] & MEANING == expected:
@@ -75,7 +76,7 @@ def lookup_standard(node: Qcow2Node, entries: array[int], offset: GuestOffset, l
     run = min(length, (count << bits) - inside)
     if entry & ALL_ZERO:
         return Extent(offset, run, ZERO, node, node.data if host else None, host + inside if host else -1)
-    if host or (node.external and entries[index] >> 63):
+    if present:
         return Extent(offset, run, DATA, node, node.data, host + inside)
     return Extent(offset, run, UNALLOCATED, node)
 
@@ -104,6 +105,20 @@ def run_ahead(entries: array[int], index: int, end: int, first: int, step: int) 
     return count
 
 
+# Two numbers cannot be changed at once, and other threads read without a lock. So whoever changes
+# them does it in an order in which the pair (new, old) or (old, new) that a reader may meet means
+# the same as before or after: data comes in entry first, leaves bitmap first, and a compressed
+# entry (which has no use for its bitmap) is the last to go. And a reader looks at the entry twice.
+
+
+def entry_pair(entries: array[int], index: int) -> tuple[int, int]:
+    """Entry and bitmap of a cluster as they belong together."""
+    while True:
+        entry, bitmap = entries[2 * index], entries[2 * index + 1]
+        if entries[2 * index] == entry:
+            return entry, bitmap
+
+
 def subcluster_kind(node: Qcow2Node, entry: int, bitmap: int, sub: int, offset: GuestOffset) -> int:
     """Kind of one subcluster of a cluster that is not compressed."""
     allocated, zero = bitmap >> sub & 1, bitmap >> 32 + sub & 1
@@ -119,7 +134,7 @@ def subcluster_kind(node: Qcow2Node, entry: int, bitmap: int, sub: int, offset: 
 def lookup_extended(node: Qcow2Node, entries: array[int], offset: GuestOffset, length: int) -> Extent:
     """As `lookup_standard`, for an image with extended L2 entries."""
     index = offset >> node.cluster_bits & node.l2_mask
-    entry, bitmap = entries[2 * index], entries[2 * index + 1]
+    entry, bitmap = entry_pair(entries, index)
     if entry & COMPRESSED:
         return _packed(node, entry, offset, length)
     host = entry & OFFSET_MASK
@@ -133,7 +148,7 @@ def lookup_extended(node: Qcow2Node, entries: array[int], offset: GuestOffset, l
         inside_next = position & node.cluster_mask
         if not inside_next:
             index += 1
-            entry, bitmap = entries[2 * index], entries[2 * index + 1]
+            entry, bitmap = entry_pair(entries, index)
             if entry & COMPRESSED:
                 break
             if kind == DATA and entry & OFFSET_MASK != host + position - offset + inside:

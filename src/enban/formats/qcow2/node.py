@@ -17,7 +17,14 @@ from array import array
 
 from ...block.locks import Mutex
 from ...block.node import Node, Piece
-from ...errors import CorruptImageError, EnbanError, ReadOnlyError, UnsupportedOperationError, UsageError
+from ...errors import (
+    CorruptImageError,
+    EnbanError,
+    HostError,
+    ReadOnlyError,
+    UnsupportedOperationError,
+    UsageError,
+)
 from ...extent import UNALLOCATED, Extent
 from ...units import align_down, align_up
 from ...wire.qcow2 import (
@@ -31,6 +38,7 @@ from ...wire.qcow2 import (
     OFFSET_MASK,
     REFTABLE_MASK,
     SUBCLUSTERS,
+    build_snapshots,
     pack_compressed,
     unpack_compressed,
 )
@@ -127,6 +135,9 @@ class Qcow2Node(Node):
         self.packed_end: HostOffset = 0  # where the next compressed cluster may continue, 0: nowhere
         self.pass_discards = True
         self._ready_to_change = False
+        self.mark_zeroes = False  # also where the backing file shows zeros
+        self._halted: type[EnbanError] | None = None
+        self.header_doubtful = False  # what the header on disk says is unknown: the next barrier writes it
 
     def present(self, entry: int) -> bool:
         """Whether a standard L2 entry has a host cluster."""
@@ -135,7 +146,7 @@ class Qcow2Node(Node):
     @property
     def may_show_backing(self) -> bool:
         """Whether unallocated clusters may read as something else than zeros."""
-        return bool(self.header.backing_name)
+        return bool(self.header.backing_name) or self.backing is not None
 
     # -- read side -------------------------------------------------------------------------
 
@@ -164,6 +175,8 @@ class Qcow2Node(Node):
             count = (inside + length - 1 >> self.grain_bits) - first + 1
             wanted = (1 << count) - 1 << first
             if entry & COMPRESSED or entries[index + 1] & (wanted | wanted << 32) != wanted:
+                return -1
+            if entries[index] != entry:  # changed meanwhile by another thread
                 return -1
         else:
             entry = entries[offset >> self.cluster_bits & self.l2_mask]
@@ -216,6 +229,7 @@ class Qcow2Node(Node):
 
     async def prepare_change(self) -> None:
         """What must be so before the first change of an image since it was opened; mutex held."""
+        self._check_not_halted()
         if self._ready_to_change:
             return
         if not self.writable:
@@ -230,18 +244,33 @@ class Qcow2Node(Node):
         self._ready_to_change = True
 
     def _collect_metadata(self) -> None:
-        size, metadata = self.cluster_size, self.refcounts.metadata
-        header = self.header
-        metadata.add(0)
-        metadata.update(range(header.l1_offset, header.l1_offset + header.l1_entries * 8, size))
-        table = header.refcount_table_offset
-        metadata.update(range(table, table + header.refcount_table_clusters * size, size))
-        metadata.update(entry & REFTABLE_MASK for entry in self.refcounts.table)
-        metadata.update(entry & OFFSET_MASK for entry in self.l1)
+        """Learn where the tables are. If any overlap, changing one would destroy another: refuse."""
+        size, header = self.cluster_size, self.header
+        metadata: set[HostOffset] = set()
+
+        def add(offset: HostOffset, length: int, what: str) -> None:
+            for place in range(offset, offset + length, size):
+                if place in metadata:
+                    raise CorruptImageError(
+                        f"{what} lies on other metadata",
+                        path=self.name,
+                        offset=place,
+                        hint="run: enban check -r all",
+                    )
+                metadata.add(place)
+
+        add(0, size, "header")
+        add(header.l1_offset, header.l1_entries * 8, "L1 table")
+        add(header.refcount_table_offset, header.refcount_table_clusters * size, "refcount table")
+        for entry in filter(None, self.refcounts.table):
+            add(entry & REFTABLE_MASK, size, "refcount block")
+        for entry in filter(OFFSET_MASK.__and__, self.l1):
+            add(entry & OFFSET_MASK, size, "L2 table")
         for snapshot in self.snapshots:
-            metadata.update(range(snapshot.l1_offset, snapshot.l1_offset + snapshot.l1_entries * 8, size))
+            add(snapshot.l1_offset, snapshot.l1_entries * 8, "L1 table of a snapshot")
         if header.snapshot_count:
-            metadata.add(header.snapshots_offset)
+            add(header.snapshots_offset, len(build_snapshots(self.snapshots)), "snapshot table")
+        self.refcounts.metadata |= metadata
 
     async def own_table(self, index: int) -> L2Table:
         """The L2 table of an L1 entry, made or copied if need be, ready for changes; mutex held."""
@@ -318,7 +347,7 @@ class Qcow2Node(Node):
             entries is None
             or self.extended
             or self.external
-            or self.header.backing_name
+            or self.may_show_backing
             or self.quarantine
             or not self._ready_to_change
             or len(self.cache.dirty) >= self.cache.most_dirty
@@ -534,15 +563,24 @@ class Qcow2Node(Node):
         for position in range(link.count):
             i = (link.first + position) * numbers
             old = entries[i]
+            # Extended entries: the order keeps other threads' reads right, see `mapping.entry_pair`.
             if link.packed:
                 entries[i] = link.packed
                 if self.extended:
                     entries[i + 1] = 0
             else:
-                entries[i] = link.host + (position << self.cluster_bits) | COPIED
-                if link.masks is not None:
+                new = link.host + (position << self.cluster_bits) | COPIED
+                if link.masks is None:
+                    entries[i] = new
+                else:
                     mask = link.masks[position]
-                    entries[i + 1] = (entries[i + 1] | mask) & ~(mask << 32)
+                    bitmap = (entries[i + 1] | mask) & ~(mask << 32)
+                    if old & COMPRESSED:
+                        entries[i + 1] = bitmap
+                        entries[i] = new
+                    else:
+                        entries[i] = new
+                        entries[i + 1] = bitmap
             if link.owned:
                 self._unlink_entry(old)
         self.cache.touch(link.index, link.first * numbers, link.count * numbers)
@@ -633,11 +671,11 @@ class Qcow2Node(Node):
             except EnbanError:
                 self.pass_discards = False  # advice was not wanted; the space stays with the file
 
-    async def refcount_table_moved(self, moved: tuple[HostOffset, int]) -> None:
-        """The header on disk names the new refcount table; the old one is unused. Mutex held."""
+    def refcount_table_moved(self, moved: tuple[HostOffset, int]) -> tuple[Cluster, int, int]:
+        """The header shall name the new refcount table; the old one, for `unlinked` or `quarantine`."""
         old, clusters = self.header.refcount_table_offset, self.header.refcount_table_clusters
         self.header.refcount_table_offset, self.header.refcount_table_clusters = moved
-        self.quarantine.append((old >> self.cluster_bits, clusters, 0))
+        return old >> self.cluster_bits, clusters, 0
 
     # -- zero and discard ------------------------------------------------------------------
 
@@ -669,7 +707,9 @@ class Qcow2Node(Node):
             while offset < end:
                 index = offset >> self.l2_shift
                 stop = min(end, index + 1 << self.l2_shift)
-                flag_needed = zero and self.may_show_backing and self._backing_reaches(offset)
+                flag_needed = zero and (
+                    self.mark_zeroes or (self.may_show_backing and self._backing_reaches(offset))
+                )
                 if self.l1[index] & OFFSET_MASK or flag_needed:
                     table = await self.own_table(index)
                     self._clear_entries(index, table, offset, stop, unmap=unmap, flag_needed=flag_needed)
@@ -722,9 +762,9 @@ class Qcow2Node(Node):
                     flag = ALL_ZERO if self.header.version > 2 else 0
                     new = flag if drop else entry | flag
                 if new != entry or new_bitmap != bitmap:
-                    entries[i] = new
                     if self.extended:
                         entries[i + 1] = new_bitmap
+                    entries[i] = new
                     self.cache.touch(index, i, numbers)
                     if drop:
                         self._unlink_entry(entry)
@@ -776,17 +816,39 @@ class Qcow2Node(Node):
         await preallocate(self, offset, length, mode)
 
     async def flush(self) -> None:
+        self._check_not_halted()
         if self.writable:
             await self.runtime.finish(barrier(self))
 
     async def corrupted(self) -> None:
         if not self.writable:
             return
-        self.writable = False
+        self.halt(CorruptImageError)
         if self.header.version > 2 and not self.header.incompatible & CORRUPT:
             self.header.incompatible |= CORRUPT
             await self.file.write(self.header.incompatible.to_bytes(8, "big"), 72)
             await self.file.flush()
+
+    def halt(self, reason: type[EnbanError]) -> None:
+        """From now on nothing is written: the tables are wrong (CorruptImageError), or which state
+        the disk has is not known (HostError). Writes and flushes raise; reading goes on."""
+        self.writable = False
+        self._halted = reason
+        self.cache.overwritable.clear()
+
+    def _check_not_halted(self) -> None:
+        if self._halted is CorruptImageError:
+            raise CorruptImageError(
+                "the image was found damaged and is written no more",
+                path=self.name,
+                hint="run: enban check -r all",
+            )
+        if self._halted is not None:
+            raise HostError(
+                "a failed switch of tables left its state unknown, it is written no more",
+                path=self.name,
+                hint="close it and open it again",
+            )
 
     async def write_header(self) -> None:
         """Rewrite the header cluster from the fields in memory, durably."""
@@ -804,6 +866,8 @@ class Qcow2Node(Node):
                     await self.release_quarantine()
                 if any(block.dirty for block in self.refcounts.blocks.values()):
                     await barrier(self)
+            elif self.cache.dirty or self.l1_dirty:
+                self._check_not_halted()  # changes that were not flushed are lost
         finally:
             try:
                 if self.data is not self.file:
@@ -832,6 +896,10 @@ class Qcow2Node(Node):
         from .upkeep import set_backing
 
         await set_backing(self, name, format)
+
+    def state_zeroes(self) -> bool:
+        self.mark_zeroes = self.header.version > 2
+        return self.mark_zeroes
 
     async def make_empty(self) -> None:
         from .upkeep import make_empty

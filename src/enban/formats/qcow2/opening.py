@@ -38,7 +38,7 @@ async def open_qcow2(
     """An open image without its backing and data files; the caller attaches those.
 
     metadata_only: the caller will not touch guest data (info, check), so an image whose data
-        cannot be read (encrypted) or must not be written (corrupt) opens as well.
+        cannot be read (encrypted, tables lost) or must not be written (corrupt) opens as well.
     Raises CorruptImageError, UnsupportedFeatureError, HostError.
     """
     header = await read_header(file, name)
@@ -51,13 +51,18 @@ async def open_qcow2(
         raise CorruptImageError(
             "the image is marked corrupt", path=name, hint="run: enban check -r all, or open it read-only"
         )
-    l1 = await read_table(file, header.l1_offset, header.l1_entries, "L1 table", name)
+    try:
+        l1 = await read_table(file, header.l1_offset, header.l1_entries, "L1 table", name)
+    except CorruptImageError:
+        if not metadata_only:
+            raise
+        l1 = array("Q")
     try:
         entries = header.refcount_table_clusters * header.cluster_size // 8
         refcounts = await read_table(file, header.refcount_table_offset, entries, "refcount table", name)
         snapshots = await read_snapshots(file, header, name) if writable or metadata_only else []
     except CorruptImageError:
-        if writable:
+        if writable and not metadata_only:
             raise
         refcounts, snapshots = array("Q"), []  # reading guest data needs neither
     node = Qcow2Node(name, runtime, file, header, l1, refcounts, snapshots, writable=writable)

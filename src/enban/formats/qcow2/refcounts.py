@@ -344,7 +344,11 @@ class Refcounts:
         return offset
 
     async def allocate_adjacent(self, count: int) -> HostOffset:
-        """`count` adjacent clusters of metadata at the end of the file; content undefined."""
+        """`count` adjacent clusters of metadata, several at the end of the file; content undefined."""
+        if count == 1:
+            cluster, _, _ = await self.allocate(1)
+            self.metadata.add(cluster << self.cluster_bits)
+            return cluster << self.cluster_bits
         while True:
             start = self.end
             last = (start + count - 1) // self.per_block

@@ -60,10 +60,10 @@ async def _grow(node: Qcow2Node, old: int, size: int, preallocation: str) -> Non
         if preallocation != "off":
             await preallocate(node, old, size - old, preallocation)
         await node.flush()
+        await _set_size(node, size)
     except BaseException:
         node.size = old
         raise
-    await _set_size(node, size)
 
 
 async def _shrink(node: Qcow2Node, old: int, size: int) -> None:
@@ -83,8 +83,12 @@ async def _shrink(node: Qcow2Node, old: int, size: int) -> None:
 
 
 async def _set_size(node: Qcow2Node, size: int) -> None:
-    await node.file.write(size.to_bytes(8, "big"), 24)
-    await node.file.flush()
+    try:
+        await node.file.write(size.to_bytes(8, "big"), 24)
+        await node.file.flush()
+    except BaseException:
+        node.header_doubtful = True
+        raise
     node.header.size = node.size = size
 
 
@@ -104,8 +108,13 @@ async def _grow_l1(node: Qcow2Node, entries: int) -> None:
             await node.refcounts.release(offset >> node.cluster_bits, clusters)
             raise
     await node.flush()  # the new place is counted and written before the header names it
-    await node.file.write(entries.to_bytes(4, "big") + offset.to_bytes(8, "big"), 36)
-    await node.file.flush()
+    try:
+        await node.file.write(entries.to_bytes(4, "big") + offset.to_bytes(8, "big"), 36)
+        await node.file.flush()
+    except BaseException:
+        node.header_doubtful = True
+        node.unlinked.append((offset >> node.cluster_bits, clusters, 0))
+        raise
     async with node.mutex:
         node.l1 = longer
         header.l1_entries, header.l1_offset = entries, offset

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from array import array
 
+from ...errors import HostError
+from ...errors import EnbanError
 from ...wire.qcow2 import COMPRESSED, COPIED, OFFSET_MASK, SnapshotEntry, build_snapshots, unpack_compressed
 from .barrier import barrier
 from .mapping import run_ahead
@@ -75,7 +77,12 @@ async def switch(node: Qcow2Node, change: Change) -> None:
     async with node.mutex:
         await node.prepare_change()
         await _Switch(node, change).run()
-    await barrier(node)
+    try:
+        async with node.mutex:
+            await node.release_quarantine(least=_WORTH_GIVING_BACK)
+        await barrier(node)
+    except EnbanError:
+        pass  # it is done; what is left to tidy up stays due, and the next flush tells of the trouble
 
 
 class _Switch:
@@ -97,12 +104,11 @@ class _Switch:
             await node.file.write(fields, 24)
             await node.file.flush()
         except BaseException:
-            node.writable = False  # which of the two states the disk has is not known
+            node.halt(HostError)  # which of the two states the disk has is not known
             raise
         self._adopt()
         youngest = node.ledger.newest if node.ledger is not None else 0
         node.quarantine += [(first, count, youngest) for first, count in self.free]
-        await node.release_quarantine(least=_WORTH_GIVING_BACK)
 
     async def _build(self) -> bytes:
         """Write everything new; the header fields that make it count."""

@@ -1,0 +1,147 @@
+"""`enban serve`: disks over NBD, until told to stop."""
+
+from __future__ import annotations
+
+from enban.cli import common
+from enban.cli.options import Flag, Verb
+from enban.errors import UsageError
+from enban.units import parse_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from enban.cli.options import Arguments
+    from enban.exports.nbd.service import Settings, Wanted
+
+
+def run(arguments: Arguments) -> int:
+    from enban.exports.nbd.service import serve
+
+    quiet = arguments.on("-q")
+    serve(
+        _wanted(arguments), _settings(arguments), announce=_announce, log=_drop if quiet else common.complain
+    )
+    return 0
+
+
+def _announce(uri: str) -> None:
+    print(uri, flush=True)
+
+
+def _drop(text: str) -> None:
+    pass
+
+
+def _wanted(arguments: Arguments) -> list[Wanted]:
+    from os.path import basename
+
+    from enban.exports.nbd.service import Wanted
+
+    names, files = arguments.all("-x"), arguments.operands
+    if len(names) > len(files):
+        raise UsageError(
+            f"{len(names)} names for {len(files)} images", hint="give -x once for each image, in order"
+        )
+    single = len(files) == 1
+    if not single and (arguments.on("--offset") or arguments.on("--size")):
+        raise UsageError("--offset and --size are for a single image")
+    return [
+        Wanted(
+            common.reference(arguments, file),
+            names[place] if place < len(names) else "" if single else basename(file),
+            format=arguments.text("-f"),
+            offset=parse_size(arguments.text("--offset", "0")),
+            size=parse_size(arguments.text("--size")) if arguments.on("--size") else None,
+            description=arguments.text("-D"),
+        )
+        for place, file in enumerate(files)
+    ]
+
+
+def _settings(arguments: Arguments) -> Settings:
+    from enban.exports.nbd.service import Settings
+
+    settings = Settings()
+    settings.read_only = arguments.on("-r")
+    settings.socket_path = arguments.text("-k")
+    settings.tcp = arguments.on("-p") or arguments.on("-b")
+    settings.bind = arguments.text("-b")
+    settings.port = _number(arguments, "-p", settings.port, most=65535)
+    settings.shared = _number(arguments, "-e", settings.shared)
+    settings.tls_dir = arguments.text("--tls-dir")
+    settings.tls_verify = not arguments.on("--tls-any-client")
+    settings.pid_file = arguments.text("--pid-file")
+    settings.idle_s = _number(arguments, "--idle-exit", 0)
+    settings.handshake_s = _number(arguments, "--handshake-timeout", int(settings.handshake_s), least=1)
+    settings.spin_us = _number(arguments, "--spin-us", settings.spin_us, most=100_000)
+    settings.trace = arguments.text("--trace")
+    settings.cache = arguments.text("-t", settings.cache)
+    settings.gate = common.gate(arguments)
+    if arguments.on("--tls-any-client") and not settings.tls_dir:
+        raise UsageError("--tls-any-client needs --tls-dir")
+    return settings
+
+
+def _number(arguments: Arguments, flag: str, default: int, *, least: int = 0, most: int = 1 << 31) -> int:
+    text = arguments.text(flag, str(default))
+    if not (text.isascii() and text.isdigit()) or not least <= int(text) <= most:
+        raise UsageError(f"'{text}' is no number for {flag}", hint=f"use {least} to {most}")
+    return int(text)
+
+
+VERB = Verb(
+    "serve",
+    "Serve disks over NBD, to QEMU, the Linux kernel, libnbd, fio.",
+    "serve [flags] FILE...",
+    (
+        common.FORMAT,
+        Flag("-r --read-only", "Take no writes; the images are opened for reading"),
+        Flag(
+            "-x --name",
+            "Name of the export; for several images once for each, in order. "
+            "Without it a single image is the default export, several go by their file names",
+            value="NAME",
+        ),
+        Flag("-D --description", "Text that clients can show", value="TEXT"),
+        Flag(
+            "-k --socket", "Unix socket to listen on; without it and -p a private one is made", value="PATH"
+        ),
+        Flag("-p --port", "Listen on this TCP port; 0 for any that is free", value="PORT"),
+        Flag(
+            "-b --bind", "TCP address to listen on, * for all; without it this machine alone", value="ADDRESS"
+        ),
+        Flag("-e --shared", "Clients at once, 0 for any number; more wait (64)", value="N"),
+        Flag("--offset", "Serve the disk from this byte on", value="OFFSET"),
+        Flag("--size", "Serve so many bytes of it", value="SIZE"),
+        Flag("--tls-dir", "Speak TLS only, with the certificates in this directory", value="DIR"),
+        Flag("--tls-any-client", "Do not ask clients for a certificate"),
+        Flag("--pid-file", "Write the process id here once clients may come", value="FILE"),
+        Flag("--idle-exit", "End after so many seconds without a client", value="SECONDS"),
+        Flag("--handshake-timeout", "Seconds a client has to finish the handshake (10)", value="SECONDS"),
+        Flag(
+            "--spin-us",
+            "Before waiting for a client, look again and again for so many microseconds if it has been "
+            "quick: halves the latency, costs processor time; 0 for never (50)",
+            value="US",
+        ),
+        Flag(
+            "--trace",
+            "Record each request's life for chrome://tracing or Perfetto (slows down)",
+            value="FILE",
+        ),
+        common.CACHE,
+        common.IMAGE_OPTS,
+        common.UNTRUSTED,
+        common.QUIET,
+        common.HELP,
+    ),
+    run,
+    operands=(1, -1),
+    examples=(
+        ("one disk on a private unix socket", "serve disk.qcow2"),
+        ("for a virtual machine", "serve -k /run/vm/disk.sock disk.qcow2"),
+        ("two disks to the network, with TLS", "serve -p 10809 -b '*' --tls-dir certs a.qcow2 b.qcow2"),
+    ),
+    notes="The URI of each disk is printed. SIGTERM or Ctrl-C ends: what clients have sent is answered, the "
+    "disks are flushed and closed. SIGUSR1 prints who is connected and what is in flight, for how long. "
+    "Sockets that systemd passes (socket activation) are used instead of -k and -p.",
+)

@@ -1,0 +1,85 @@
+"""Snapshots made by QEMU used by enban, and the reverse, `qemu-img check` clean at every step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import pytest
+
+import enban
+from enban.block.disk import Disk
+from enban.block.runtime import BLOCKING, drive
+from enban.catalog import open_door
+from tests.support import make_qcow2, needs_qemu_img, qemu_check, qemu_img
+
+SHAPES = [
+    pytest.param({}, id="default"),
+    pytest.param({"cluster_size": 512}, id="512"),
+    pytest.param({"cluster_size": 4096, "refcount_bits": 8}, id="4k-8bit"),
+    pytest.param({"cluster_size": 16384, "extended_l2": True}, id="extended"),
+    pytest.param({"compat": "0.10", "cluster_size": 4096}, id="v2"),
+]
+
+
+@needs_qemu_img
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", range(2))
+def test_both_programs_on_one_image(tmp_path: Path, shape: dict[str, object], seed: int) -> None:
+    random = Random(seed)
+    size = 1 << 20
+    path = make_qcow2(tmp_path / "disk.qcow2", size, **shape)
+    model = bytearray(size)
+    kept: dict[str, bytes] = {}
+    for number in range(24):
+        with enban.open(path, writable=True) as disk:
+            for _ in range(4):
+                offset = random.randrange(size)
+                data = random.randbytes(min(size - offset, random.choice([512, 9000, 80000])))
+                disk.pwrite(data, offset)
+                model[offset : offset + len(data)] = data
+        theirs = random.random() < 0.5
+        action = random.choice(["-c", "-c", "-a", "-d"]) if kept else "-c"
+        name = f"s{number}" if action == "-c" else random.choice(list(kept))
+        if theirs:
+            qemu_img("snapshot", action, name, path)
+        else:
+            with enban.open(path, writable=True) as disk:
+                {"-c": disk.create_snapshot, "-a": disk.apply_snapshot, "-d": disk.delete_snapshot}[action](
+                    name
+                )
+        if action == "-c":
+            kept[name] = bytes(model)
+        elif action == "-a":
+            model = bytearray(kept[name])
+        else:
+            del kept[name]
+        qemu_check(path)
+        with enban.open(path) as disk:
+            assert disk.pread(size, 0) == model
+    for name, content in kept.items():
+        out = tmp_path / "out.raw"
+        qemu_img("convert", "-l", f"snapshot.name={name}", "-O", "raw", path, out)
+        assert out.read_bytes() == content
+        with Disk(drive(open_door(str(path), BLOCKING, snapshot=name))) as disk:
+            assert disk.pread(disk.size, 0) == content
+
+
+@needs_qemu_img
+def test_hundreds_of_snapshots(tmp_path: Path) -> None:
+    path = make_qcow2(tmp_path / "disk.qcow2", 1 << 20)
+    with enban.open(path, writable=True) as disk:
+        for number in range(300):
+            disk.pwrite(number.to_bytes(2, "big") * 256, number * 512)
+            disk.create_snapshot(f"n{number}")
+    qemu_check(path)
+    listed = qemu_img("snapshot", "-l", path)
+    assert all(f"n{number} " in listed for number in range(300))
+    with enban.open(path, writable=True) as disk:
+        for number in range(0, 300, 2):
+            disk.delete_snapshot(f"n{number}")
+        disk.apply_snapshot("n151")
+        assert disk.pread(512, 151 * 512) == (151).to_bytes(2, "big") * 256
+        assert disk.pread(512, 152 * 512) == bytes(512)
+    qemu_check(path)
+    assert path.stat().st_size < 70 << 20  # 300 times an L1, an L2 and a data cluster of 64 KiB are 56 MiB
