@@ -11,12 +11,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from random import Random
+from typing import TYPE_CHECKING
 
 import pytest
 
 import enban
 from enban.block.runtime import BLOCKING
-from enban.filters import writelog
+from enban.filters import faults, writelog
+from enban.filters.faults import Faults
 from enban.filters.writelog import WriteLog
 from enban.storage.memory import MemoryStorage
 from tests.crash_states import Replay
@@ -24,37 +26,55 @@ from tests.qcow2_reader import Qcow2Reader
 from tests.support import check_bytes, pattern, qemu_check, qemu_img
 from tests.workload import IMAGES, Image, Operation, Oracle, open_door, operations, prepare, run_until_error
 
+if TYPE_CHECKING:
+    from enban.filters.faults import Decide
+
 OPERATIONS = 40
 
 
 class Explorer:
-    """One recorded workload, and the states it is cut into."""
+    """One recorded workload, and the states it is cut into. `decide` makes storage calls fail in it."""
 
-    def __init__(self, image: Image, seed: int, start: bytes, guest: bytes, snapshot: bytes | None) -> None:
+    def __init__(
+        self,
+        image: Image,
+        seed: int,
+        start: bytes,
+        guest: bytes,
+        snapshot: bytes | None,
+        decide: Decide | None = None,
+    ) -> None:
         self.image = image
         self.seed = seed
         self.start = start
         self.guest = guest
         self.snapshot = snapshot  # what the snapshot "base" shows, if there is one
         self.random = Random(seed)
-        self.states = self.leaking = self.reopened = 0
+        self.decide = decide
+        self.states = self.leaking = self.reopened = self.failures = 0
         self.record = self._run()
 
     def _run(self) -> list[writelog.Entry]:
         log = WriteLog(MemoryStorage(BLOCKING, self.start))
-        disk = enban.Disk(open_door(self.image, log, None))
+        faulty = Faults(log)
+        disk = enban.Disk(open_door(self.image, faulty, None))
+        faulty.decide = self.decide
         oracle = Oracle(self.guest)
-        resizes = self.snapshot is None
+        resizes = self.snapshot is None and self.decide is None
         for operation in [
             *operations(self.image, self.seed + 7, OPERATIONS, resizes=resizes),
             Operation("flush"),
         ]:
             log.mark(("begin", operation))
-            run_until_error(disk, oracle, operation, may_fail=False)
-            if operation.kind == "discard":  # what it did is known only now
-                operation = Operation("discarded", 0, 0, bytes(oracle.model))
+            error = run_until_error(disk, oracle, operation, may_fail=self.decide is not None)
+            if error is not None:
+                self.failures += 1
+                oracle.observe(operation, disk.pread(disk.size, 0))
+            if error is not None or operation.kind == "discard":  # what it did is known only now
+                operation = Operation("seen", 0, 0, bytes(oracle.model))
             log.mark(("end", operation))
         log.mark(("close", None))
+        faulty.decide = None
         disk.close()
         return log.entries
 
@@ -83,7 +103,7 @@ class Explorer:
         if moment == "begin":
             oracle.begin(operation)
         elif moment == "end":
-            if operation.kind == "discarded":
+            if operation.kind == "seen":
                 oracle.model[:] = operation.content
             oracle.done(operation)
 
@@ -133,6 +153,39 @@ def test_power_cuts(image: Image) -> None:
 def test_power_cuts_long(image: Image, seed: int) -> None:
     start, guest = start_of(image, seed)
     Explorer(image, seed, start, guest, None).explore(subsets=16, scattered=8, reopen_every=50)
+
+
+FULL_OF_TABLES = Image("512-rc64", 96 * 1024, cluster_size=512, refcount_bits=64)
+
+
+@pytest.mark.parametrize("operation", [faults.FLUSH, faults.WRITE])
+@pytest.mark.parametrize("image", [FULL_OF_TABLES, IMAGES[3]], ids=repr)
+def test_power_cuts_after_a_failed_barrier(image: Image, operation: str) -> None:
+    """A flush or a write fails, enban goes on, and then the power is cut. What a failed barrier had
+    written already must not be taken back or built upon."""
+    start, guest = start_of(image, 14)
+    explored = 0
+    for number in range(1, 14, 2):
+        decide = faults.fail_at(number, operations=(operation,))
+        explorer = Explorer(image, 14, start, guest, None, decide)
+        if explorer.failures:
+            explored += 1
+            explorer.explore(subsets=1, scattered=2, reopen_every=100)
+    assert explored > 3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("operation", [faults.FLUSH, faults.WRITE])
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("image", [FULL_OF_TABLES, *IMAGES], ids=repr)
+def test_power_cuts_after_a_failed_barrier_long(image: Image, seed: int, operation: str) -> None:
+    start, guest = start_of(image, seed)
+    for number in range(1, 60):
+        decide = faults.fail_at(number, operations=(operation,))
+        explorer = Explorer(image, seed, start, guest, None, decide)
+        if not explorer.failures:
+            break
+        explorer.explore(subsets=2, scattered=3, reopen_every=200)
 
 
 SHARED = (
@@ -217,11 +270,9 @@ def test_freed_clusters_in_time(tmp_path: Path) -> None:
             log.mark(("begin", operation))
             run_until_error(disk, oracle, operation, may_fail=False)
             if operation.kind == "discard":
-                operation = Operation("discarded", 0, 0, bytes(oracle.model))
+                operation = Operation("seen", 0, 0, bytes(oracle.model))
             log.mark(("end", operation))
-    explorer = Explorer.__new__(Explorer)
-    explorer.image, explorer.seed, explorer.start, explorer.guest = image, 3, start, guest
-    explorer.snapshot, explorer.random, explorer.record = None, random, log.entries
-    explorer.states = explorer.leaking = explorer.reopened = 0
+    explorer = Explorer(image, 3, start, guest, None)
+    explorer.record = log.entries
     explorer.explore(subsets=3, scattered=2, reopen_every=60)
     assert explorer.states > 500

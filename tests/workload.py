@@ -182,7 +182,8 @@ class Oracle:
         elif operation.kind == "resize":
             del self.model[operation.length :]
             self.model.extend(bytes(operation.length - len(self.model)))
-            self.legal.clear()  # a resize makes all before it durable
+            if len(self.sizes) > 1:
+                self.legal.clear()  # a change of the size makes all before it durable
             self.sizes = {operation.length}
         elif operation.kind != "discard":
             for number, value in self.outcomes(operation).items():

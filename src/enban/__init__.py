@@ -28,9 +28,59 @@ if TYPE_CHECKING:
     import os
     from typing import Any
 
+    from .jobs.check import check
+    from .jobs.commit import commit
+    from .jobs.compare import compare
+    from .jobs.convert import convert
+    from .jobs.create import create
+    from .jobs.dd import dd
+    from .jobs.info import image_info
+    from .jobs.measure import measure
+    from .jobs.rebase import rebase
+
 __version__ = "0.1.0"
 
-__all__ = ["CLOSED", "SIBLINGS", "TRUSTED", "Disk", "EnbanError", "Gate", "__version__", "open"]
+__all__ = [
+    "CLOSED",
+    "SIBLINGS",
+    "TRUSTED",
+    "Disk",
+    "EnbanError",
+    "Gate",
+    "__version__",
+    "check",
+    "commit",
+    "compare",
+    "convert",
+    "create",
+    "dd",
+    "image_info",
+    "measure",
+    "open",
+    "rebase",
+]
+
+# Work on whole disks; each is imported when it is first asked for.
+_JOBS = {
+    "check": "check",
+    "commit": "commit",
+    "compare": "compare",
+    "convert": "convert",
+    "create": "create",
+    "dd": "dd",
+    "image_info": "info",
+    "measure": "measure",
+    "rebase": "rebase",
+}
+
+
+def __getattr__(name: str) -> Any:
+    module = _JOBS.get(name)
+    if module is None:
+        raise AttributeError(f"module 'enban' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(f"enban.jobs.{module}"), name)
 
 
 def open(

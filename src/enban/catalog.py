@@ -276,6 +276,10 @@ class Opener:
         filename = options.get("filename")
         if filename is None and isinstance(options.get("file"), dict):
             return await self.open_storage(options["file"], writable=writable, create=create)
+        if driver == "nbd" or (driver == "file" and isinstance(filename, str) and _is_nbd(filename)):
+            from .storage.nbd import open_nbd
+
+            return await self.runtime.offload(open_nbd, options, self.runtime, writable)
         if driver not in ("file", "host_device") or not isinstance(filename, str) or not filename:
             raise UsageError(
                 f"driver '{driver}' is not known or needs a filename", hint="use driver=file,filename=..."
@@ -290,6 +294,10 @@ class Opener:
 
 def _scheme(name: str) -> bool:
     return "://" in name or name.startswith(("nbd:", "file:", "json:"))
+
+
+def _is_nbd(name: str) -> bool:
+    return name.startswith(("nbd:", "nbds:", "nbd+unix:", "nbds+unix:"))
 
 
 async def _close_quietly(node: Node) -> None:

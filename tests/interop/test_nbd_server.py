@@ -18,7 +18,7 @@ import pytest
 
 from tests.cli.command import command, environment
 from tests.exports.nbd_peer import KIB, MIB, Peer
-from tests.support import check_file, make_qcow2, needs, pattern, qemu_check, qemu_img, qemu_io, qemu_same
+from tests.support import check_file, make_qcow2, needs, pattern, qemu_check, qemu_img, qemu_io
 
 needs_nbdinfo = needs("nbdinfo", "libnbd-bin")
 needs_nbdcopy = needs("nbdcopy", "libnbd-bin")
@@ -114,9 +114,7 @@ def test_nbdinfo_lists_and_describes(tmp_path: Path) -> None:
             assert exports["first"][capability] is True, capability
         assert run("nbdinfo", "--size", service.uris[1]).strip() == str(MIB)
         assert run("nbdinfo", "--map", "--totals", service.uris[1]).split()[:2] == [str(MIB), "100.0%"]
-        assert (
-            "no such export" in run("nbdinfo", service.uris[0].replace("/first?", "/none?"), ok=False).lower()
-        )
+        assert "No such file" in run("nbdinfo", service.uris[0].replace("/first?", "/none?"), ok=False)
 
 
 @needs_nbdcopy
@@ -135,7 +133,7 @@ def test_nbdcopy_there_and_back(tmp_path: Path) -> None:
         depth = run("nbdinfo", "--map=qemu:allocation-depth", service.uri).split()
         assert depth[:3] == ["0", str(5 * MIB), "1"]
     qemu_check(disk)
-    qemu_same(disk, source.read_bytes(), tmp_path)
+    qemu_img("compare", "-f", "qcow2", "-F", "raw", disk, source)
     assert disk.stat().st_size < 9 * MIB
 
 
@@ -223,7 +221,7 @@ def test_slice_and_read_only(tmp_path: Path) -> None:
     disk.write_bytes(bytes(MIB) + b"\5" * MIB + bytes(MIB))
     with serve(tmp_path, *RAW, "-r", "--offset", "1M", "--size", "1M", disk) as service:
         qemu_io(service.uri, "read -P 5 0 1M", options=("-r", *RAW))
-        assert "Read-only" in run("qemu-io", *RAW, "-c", "write 0 512", service.uri, ok=False)
+        assert "Permission denied" in run("qemu-io", *RAW, "-c", "write 0 512", service.uri, ok=False)
     for words in (("--offset", "4M"), ("--size", "4M"), ("-e", "x"), ("-p", "70000"), ("-x", "a", "-x", "b")):
         done = subprocess.run(
             command("serve", *words, disk), capture_output=True, text=True, env=environment(), timeout=30
@@ -356,7 +354,14 @@ def test_a_killed_client_is_noticed_by_nobody_else(tmp_path: Path) -> None:
                     "--rw=randrw",
                     "--bs=64k",
                 ]
-                words += ["--iodepth=32", "--offset=32m", "--size=32m", "--time_based", "--runtime=60"]
+                words += [
+                    "--iodepth=32",
+                    "--offset=32m",
+                    "--size=32m",
+                    "--time_based",
+                    "--runtime=60",
+                    "--thread",
+                ]
                 victim = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                 time.sleep(0.7)
                 victim.kill()

@@ -154,7 +154,7 @@ def _see(verb: Verb) -> str:
 
 def help_text(verb: Verb) -> str:
     """The help of a verb."""
-    lines = [f"usage: enban {verb.usage}", "", verb.summary, ""]
+    lines = [f"usage: enban {verb.usage}", "", *wrapped(verb.summary, 0), ""]
     if verb.notes:
         lines += [*wrapped(verb.notes, 0), ""]
     rows = [

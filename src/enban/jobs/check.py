@@ -6,6 +6,7 @@ every step leaves an image that can be repaired again.
 
 from __future__ import annotations
 
+from ..block.gate import SIBLINGS
 from ..block.runtime import BLOCKING, drive
 from ..catalog import Opener
 from ..errors import UnsupportedOperationError, UsageError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from ..block.gate import Gate
     from ..block.node import Node
     from ..block.runtime import Runtime
 
@@ -33,6 +35,7 @@ def check(
     *,
     force_share: bool = False,
     cache: str = "writeback",
+    gate: Gate = SIBLINGS,
 ) -> CheckResult:
     """Check an image, or check and repair it.
 
@@ -44,6 +47,7 @@ def check(
         out of here. An image under repair is then as after a crash: repair it again.
     force_share: check an image although another process has it open for writing; what is being
         changed meanwhile may show as errors.
+    gate: whether the data file that an image names may be opened (a check does not read it).
 
     Raises UnsupportedOperationError for a format without a check, ImageError for an image whose
     header cannot be used, HostError (LockedError, ...), UsageError.
@@ -60,6 +64,7 @@ def check(
             progress=progress,
             lock=not force_share,
             cache=cache,
+            gate=gate,
         )
     )
 
@@ -73,13 +78,14 @@ async def run_check(
     progress: Callable[[int, int], None] | None = None,
     lock: bool = True,
     cache: str = "writeback",
+    gate: Gate = SIBLINGS,
 ) -> CheckResult:
     """`check` on any runtime."""
     if repair not in REPAIRS:
         raise UsageError(f"repair mode '{repair}' is not known", hint="use leaks or all")
     if repair and not lock:
         raise UsageError("an image cannot be repaired while another process may be using it")
-    opener = Opener(runtime, cache=cache, lock=lock, metadata_only=True)
+    opener = Opener(runtime, gate=gate, cache=cache, lock=lock, metadata_only=True)
     node = await opener.open_chain(reference, format=format, writable=bool(repair), backing=False)
     try:
         from ..formats.qcow2.node import Qcow2Node

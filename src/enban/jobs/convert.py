@@ -320,8 +320,12 @@ class _Copier:
         plans = []
         try:
             self._zero_between(piece, writes)
+            unit, planned_to = self.target.node.unit, -1
             for first, last in _joined(writes):
+                if piece.start + first < planned_to:  # in a unit that the plan before holds
+                    drive(door.run_plan(plans.pop()))
                 plans.append(drive(door.plan_write(view[first:last], piece.start + first)))
+                planned_to = align_up(piece.start + last, unit)
         finally:
             self._end_turn(piece)
             for plan in plans:

@@ -89,11 +89,18 @@ class Output:
             drive(storage.close())
             self._remove()
         try:
-            return open_file(self.temporary, BLOCKING, writable=True, cache=cache, create=True)
+            storage = open_file(self.temporary, BLOCKING, writable=True, cache=cache, create=True)
         except EnbanError as error:
             if self._replaced is not None and getattr(error, "errno", 0) in (13, 1, 30):
                 error.hint = "the image is made beside its final name, so the directory must be writable"
             raise
+        try:
+            self._dress()
+        except OSError as error:
+            drive(storage.close())
+            self._remove()
+            raise from_oserror(error, "set the owner and mode of", self.temporary) from error
+        return storage
 
     def _take_over(self, cache: str) -> FileStorage:
         """Open the partial file of a job that is no more."""
@@ -117,7 +124,6 @@ class Output:
             self._open = False
             return
         try:
-            self._dress()
             os.replace(self.temporary, self.path)
             self._open = False
             host.sync_directory(os.path.dirname(self.path))
@@ -128,7 +134,8 @@ class Output:
                 self._unlock()
 
     def _dress(self) -> None:
-        """Mode and owner of the file that is replaced, as if it had been written over."""
+        """Mode and owner of the file that is replaced, as if it had been written over, before there is
+        anything in it that others must not read."""
         status = self._status
         if status is None:
             return

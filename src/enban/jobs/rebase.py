@@ -20,7 +20,7 @@ from enban.errors import UsageError
 from enban.jobs.copying import pieces
 from enban.jobs.create import open_backing
 from enban.jobs.map import PRESENT, READS_ZERO, padded, pairs, same_place, walk
-from enban.units import align_down, align_up
+from enban.units import SECTOR, align_down, align_up
 
 _EQUAL, _ZERO, _DATA = 0, 1, 2
 
@@ -91,7 +91,7 @@ def _identities(node: Node | None) -> Iterator[Hashable]:
 def _copy_differences(disk: Disk, new: Disk | None, progress: Progress | None) -> int:
     """Write into the image what it would lose; the number of bytes."""
     copier = _Copier(disk, new)
-    for start, length in _units(_doubtful(disk, new), disk.node.grain, disk.size):
+    for start, length in _units(_doubtful(disk, new), copier.unit, disk.size):
         for place, n in pieces(start, length):
             copier.copy(place, n)
         if progress is not None:
@@ -136,7 +136,7 @@ class _Copier:
     def __init__(self, disk: Disk, new: Disk | None) -> None:
         self.disk = disk
         self.new = new
-        self.unit = disk.node.grain
+        self.unit = max(disk.node.grain, SECTOR)
         self.marks = disk.node.state_zeroes()
         self.copied = 0
 

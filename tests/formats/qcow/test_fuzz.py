@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from enban.block.codec import deflater
 from enban.block.disk import Disk
 from enban.block.runtime import BLOCKING, drive
-from enban.errors import EnbanError
+from enban.errors import EnbanError, UnsupportedFeatureError
 from enban.formats.qcow.check import check_image
 from enban.formats.qcow.opening import open_qcow
 from enban.storage.memory import MemoryStorage
@@ -98,4 +98,9 @@ def test_changed_images(changes: list[tuple[int, int, int]], cut: int | None) ->
     result = drive(check_image(node))
     assert len(result.findings) <= 100
     assert bytes(storage.content) == image[:cut]
-    use(open_disk(storage, backing=raw_node(pattern(100 * KIB)), passphrase=b"x"))
+    try:
+        disk = open_disk(storage, backing=raw_node(pattern(100 * KIB)), passphrase=b"x")
+    except UnsupportedFeatureError as error:  # encrypted now, and the package for it is not there
+        assert "cryptography" in str(error)
+    else:
+        use(disk)

@@ -65,6 +65,7 @@ SEND_AT = 256 << 10
 # Before a blocking wait the loop asks again and again for `spin_us`, if waits have been short.
 SPIN_US = 50
 _SHORT_WAIT = 4  # a blocking wait of up to so many times the spin makes spinning worth a try
+_FEW = 4  # a batch of more pays for a wait by itself
 _REPLY_ROOM = 64 + MAX_ERROR_REPLY  # what a reply needs besides its data, and an error reply at all
 _MOST_MISSES = 8  # spins in vain in a row, then no more until a wait was short
 
@@ -113,6 +114,7 @@ class Transmission:
         self._spinners = spinners
         self._spinning = True
         self._misses = 0
+        self._few = True  # the last batch was short
         self._in = memoryview(bytearray(max(BUFFER, len(leftover))))
         self._in[: len(leftover)] = leftover
         self._start, self._end = 0, len(leftover)  # what is in _in and not answered yet
@@ -138,6 +140,7 @@ class Transmission:
             if self._end - self._start >= need:
                 found, self._start, need = parse(self._in, self._start, self._end, most)
                 if found:
+                    self._few = len(found) <= _FEW
                     self._answer(found)
                 continue
             self._make_room(need)
@@ -171,7 +174,7 @@ class Transmission:
         except BlockingIOError:
             pass
         spinners = self._spinners
-        if self._spinning and spinners.count < spinners.most:
+        if self._spinning and self._few and spinners.count < spinners.most:
             spinners.count += 1
             try:
                 until = perf_counter_ns() + self._spin_ns
@@ -325,7 +328,8 @@ class Transmission:
     def _run_traced(self, batch: list[ParsedRequest], trace: Trace) -> None:
         """As `_run`, by the long way: every request through the door, and on record."""
         for request in batch:
-            if self._leaving:
+            if request[1] == CMD_DISC:
+                self._leaving = True
                 return
             with trace.request(request, self.since_ns):
                 self._serve(request)

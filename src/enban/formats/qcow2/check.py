@@ -21,7 +21,7 @@ from ...errors import UnsupportedOperationError
 from ...units import align_up
 from ...wire.qcow2 import COMPRESSED, COPIED, CORRUPT, DIRTY, L2_RESERVED, OFFSET_MASK
 from .barrier import runs
-from .check_counts import Counts, Difference, decode, encode
+from .check_counts import Counts, Difference, decode, encode, parts
 from .check_layout import CHUNK, Image, Layout
 from .check_tables import UNKNOWN, RunTemplate, Tally, scan_table, wrong_flags
 from .findings import CORRUPTION, ERROR, LEAK, CheckResult, Findings
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     Report = Callable[[int, int], None]
 
 WINDOW = 1 << 25  # clusters counted at a time
-MOST_CLUSTERS = 1 << 36  # of a file; QEMU gives up at 2^31
-_NUMPY_FROM = 2 << 20  # bytes of L2 tables in disorder that are worth importing numpy for
+MOST_CLUSTERS = 1 << 34  # of a file; QEMU gives up at 2^31
+_NUMPY_FROM = 1 << 20  # bytes of L2 tables in disorder that are worth importing numpy for
 _TEMPLATE_FROM = 512  # entries of an L2 table that are worth comparing as a whole
 _ONE = b"\1"
 
@@ -218,7 +218,7 @@ class Checker:
 
     async def _count_bitmaps(self, counts: Counts, report: bool) -> None:
         for start, end, weight in self.layout.bitmap_tables:
-            async for place, words in self.image.words(start, end):
+            async for place, words in self.image.words(start, end, holes=False):
                 for index, entry in enumerate(words):
                     if entry:
                         cluster = self.layout.bitmap_cluster(place + index * 8, entry, weight, report)
@@ -254,6 +254,8 @@ class Checker:
         buffer = bytearray(most * size)
         view = memoryview(buffer)
         wanted = [o for o in layout.tables if layout.active(o)] if active_only else layout.tables
+        if len(wanted) * size > image.file.allocated():
+            wanted = [offset for offset in wanted if not await image.in_hole(offset, size)]
         for start in range(0, len(wanted), most):
             offsets = wanted[start : start + most]
             row = 0
@@ -393,18 +395,21 @@ class Checker:
         image, layout, findings = self.image, self.layout, self.findings
         perfect = counts.one_each
         end = image.end
-        nothing = bytearray(image.cluster)
+        blocks = layout.blocks[counts.lo // image.per_block : counts.hi // image.per_block]
+        if counts.top() < 0 and not any(blocks):
+            return True  # a stretch of a sparse file that nothing speaks of
+        nothing = memoryview(bytes(image.cluster))
         async for index, raw in self.blocks(counts.lo, counts.hi):
-            first = index * image.per_block
-            if raw is None and not counts.any(first, image.per_block):
+            start = index * image.per_block
+            if raw is None and not counts.any(start, image.per_block):
                 continue
-            found = counts.compare(nothing if raw is None else raw, first, image.order, end, findings.room)
-            if found is None:
-                continue
-            perfect = False
-            self.top = max(self.top, found.top)
-            layout.rebuild = layout.rebuild or (raw is None and found.low > 0)
-            self._report_counts(found, end)
+            for first, part in parts(nothing if raw is None else raw, start, image.order):
+                found = counts.compare(part, first, image.order, end, findings.room)
+                if found is not None:
+                    perfect = False
+                    self.top = max(self.top, found.top)
+                    layout.rebuild = layout.rebuild or (raw is None and found.low > 0)
+                    self._report_counts(found, end)
         for index in sorted(layout.unreadable):
             first = index * image.per_block
             number = min(first + image.per_block, end) - first
@@ -488,15 +493,18 @@ class Checker:
         image = self.image
         flags = bytearray(hi - lo)
         order = image.order
-        all_ones = encode([1] * image.per_block, order)
         async for index, raw in self.blocks(lo, hi):
-            if raw is not None:
-                start = index * image.per_block - lo
-                content = bytes(raw)
-                if content == all_ones:
-                    flags[start : start + image.per_block] = _ONE * image.per_block
+            if raw is None:
+                continue
+            for first, part in parts(raw, index * image.per_block, order):
+                content = bytes(part)
+                if content == encode([1] * 64, order) * (len(content) // (8 << order)):
+                    found = _ONE * ((len(content) << 3) >> order)
                 elif any(content):
-                    flags[start : start + image.per_block] = singles(decode(content, order))
+                    found = singles(decode(content, order))
+                else:
+                    continue
+                flags[first - lo : first - lo + len(found)] = found
         for index in self.layout.unreadable:
             if lo <= index * image.per_block < hi:
                 start = index * image.per_block - lo
@@ -582,9 +590,8 @@ class Checker:
             if not (
                 first >= lo
                 and first
-                and entry & COPIED
                 and not image.external
-                and ones.count(1, first - lo, first - lo + entries) == entries
+                and ones.count(entry >> 63, first - lo, first - lo + entries) == entries
             ):
                 rows.append(row)
         self._disorder += len(rows) << image.bits

@@ -17,11 +17,12 @@ from bisect import bisect_right
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from ...units import Cluster
 
 MOST_SPANS = 1 << 16
+PART = 1 << 18  # refcounts looked at one by one at a time; a block may hold 2^24
 MOST_REFERENCES = (1 << 32) - 1  # of one cluster in the flat form; more are not told apart
 _TYPECODES = {3: "B", 4: "H", 5: "I", 6: "Q"}
 _unpacked: dict[int, list[bytes]] = {}
@@ -62,6 +63,13 @@ def encode(values: Sequence[int], order: int) -> bytes:
     if sys.byteorder == "little":
         numbers.byteswap()
     return numbers.tobytes()
+
+
+def parts(raw: memoryview, first: Cluster, order: int) -> Iterator[tuple[Cluster, memoryview]]:
+    """A refcount block in parts of at most PART refcounts: (first cluster, bytes)."""
+    length = PART << order >> 3
+    for start in range(0, len(raw), length):
+        yield first + (start << 3 >> order), raw[start : start + length]
 
 
 class Difference:
@@ -196,7 +204,7 @@ class Counts:
         return found
 
     def compare(
-        self, raw: bytearray | memoryview, first: Cluster, order: int, end: Cluster, room: int
+        self, raw: memoryview, first: Cluster, order: int, end: Cluster, room: int
     ) -> Difference | None:
         """Refcounts from a block, `raw` beginning with that of cluster `first`, against the references.
 

@@ -94,15 +94,29 @@ class Image:
         """(first, end) of the clusters that a region touches."""
         return offset >> self.bits, (offset + length - 1 >> self.bits) + 1
 
+    async def in_hole(self, offset: HostOffset, length: int) -> bool:
+        """Whether a range is known to hold only zeros without reading it."""
+        zero, known = await self.file.status(offset, length)
+        return zero and known >= length
+
     async def words(
-        self, offset: HostOffset, end: HostOffset
+        self, offset: HostOffset, end: HostOffset, *, holes: bool = True
     ) -> AsyncIterator[tuple[HostOffset, array[int]]]:
-        """The 8-byte numbers in a range, a chunk at a time with its offset; none from past the file's end."""
+        """The 8-byte numbers in a range, a chunk at a time with its offset; none from past the file's
+        end. holes: False leaves out chunks that are holes of the file."""
         end = min(end, self.file_size + -self.file_size % 8)
         while offset < end:
             length = min(CHUNK, end - offset)
-            yield offset, from_big_endian(await self.file.read(offset, length))
+            if holes or not await self.in_hole(offset, length):
+                yield offset, from_big_endian(await self.file.read(offset, length))
             offset += length
+
+
+def never_durable(image: Image, entry: int) -> bool:
+    """Whether an L1 entry is as a crash may leave it: sound, but pointing to a table past the end of
+    the file, which therefore never was durable. Anything odder may be a damaged pointer to a good table."""
+    offset = entry & OFFSET_MASK
+    return not entry & L1_RESERVED and not offset & image.mask and image.outside(offset, image.cluster)
 
 
 class Layout:
@@ -116,7 +130,7 @@ class Layout:
     bitmap_tables: (start, end, weight) of parts of the file that bitmap tables occupy.
     doubts: why there may be references that were not found: then nothing may be freed.
     rebuild: the refcount table or its blocks cannot be repaired in place.
-    lost_tables: L1 entries that point past the end of the file.
+    lost_tables: L1 entries to tables that never were durable, see `never_durable`.
     incomplete_snapshots: entries of the snapshot table without the fields that version 3 demands.
     """
 
@@ -175,7 +189,7 @@ class Layout:
             self.findings.add(
                 "past-end",
                 offset,
-                f"{what} at {offset:#x} of {length} bytes reaches past the end of the file ({self.image.file_size} bytes)",
+                f"{what} at {offset:#x} of {length} bytes reaches past the end of the file",
             )
             return False
         first, end = self.image.span(offset, length)
@@ -237,7 +251,9 @@ class Layout:
         start, end = header.l1_offset, header.l1_offset + header.l1_entries * 8
         self.l1_parts = sweep([table for table in tables if table[0] < table[1]])
         for part_start, part_end, weight in self.l1_parts:
-            async for offset, words in self.image.words(part_start, part_end):
+            async for offset, words in self.image.words(
+                part_start, part_end, holes=start <= part_start < end
+            ):
                 if start <= offset < end:
                     self.l1.extend(words)
                 for index, entry in enumerate(words):
@@ -258,12 +274,16 @@ class Layout:
             findings.add(
                 "l1-unaligned", place, f"L1 entry points to {offset:#x}, which is not a cluster", times
             )
-            self.doubt("an L2 table is lost")
-        if image.outside(offset, image.cluster):
+        outside = image.outside(offset, image.cluster)
+        if outside:
             findings.add(
                 "l1-past-end", place, f"L2 table at {offset:#x} lies past the end of the file", times
             )
+        if never_durable(image, entry):
             self.lost_tables += 1
+        elif outside or offset & image.mask:
+            self.doubt("an L2 table is lost")
+        if outside:
             return
         self.l2[offset] = self.l2.get(offset, 0) + weight
 
@@ -314,7 +334,7 @@ class Layout:
         self.bitmap_tables = sweep(tables)
 
     def bitmap_cluster(self, place: HostOffset, entry: int, weight: int, report: bool) -> Cluster:
-        """The cluster that a bitmap table entry points to, -1 if none; `report`: say what is wrong with it."""
+        """The cluster that a bitmap table entry points to, -1 if none. report: say what is wrong."""
         image = self.image
         offset = entry & OFFSET_MASK
         if entry & _BITMAP_RESERVED or (offset and (entry & _BITMAP_ALL_ONES or offset & image.mask)):

@@ -121,7 +121,7 @@ class NumpyCounts(Counts):
         return [(self.lo + index, self.lo + index + 1, int(self._numbers[index])) for index in found.tolist()]
 
     def compare(
-        self, raw: bytearray | memoryview, first: Cluster, order: int, end: Cluster, room: int
+        self, raw: memoryview, first: Cluster, order: int, end: Cluster, room: int
     ) -> Difference | None:
         if self._numbers is None:
             return super().compare(raw, first, order, end, room)

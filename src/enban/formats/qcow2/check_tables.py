@@ -35,10 +35,9 @@ class Tally:
 
     not_copied: data clusters of the active image without the COPIED flag.
     past_end: some entry of the active image points past the end of the file.
-    repairable: L2 entries that a repair would change (entries of a shared table once).
     """
 
-    __slots__ = ("allocated", "compressed", "fragmented", "not_copied", "past_end", "repairable")
+    __slots__ = ("allocated", "compressed", "fragmented", "not_copied", "past_end")
 
     def __init__(self) -> None:
         self.allocated = 0
@@ -46,7 +45,6 @@ class Tally:
         self.compressed = 0
         self.not_copied = 0
         self.past_end = False
-        self.repairable = 0
 
 
 def scan_table(
@@ -80,7 +78,7 @@ def scan_table(
         offset = entry & OFFSET_MASK
         odd = entry & L2_RESERVED or offset & mask or bitmap
         if (odd or (entry & ALL_ZERO and image.no_zero_flag)) and findings is not None:
-            _report(image, entry, bitmap, place + index * step, weight, tally, findings)
+            _report(image, entry, bitmap, place + index * step, weight, findings)
         if not offset and not (external and at_start(image, entry)):
             continue
         if tally is not None:
@@ -97,7 +95,6 @@ def scan_table(
                 text = f"data cluster at {offset:#x} lies past the end of the file"
                 findings.add("l2-past-end", place + index * step, text, weight)
                 tally.past_end = tally.past_end or active > 0
-                tally.repairable += 1
             continue
         start = offset >> bits
         if start == end and not offset & mask:
@@ -118,40 +115,26 @@ def at_start(image: Image, entry: int) -> bool:
 
 
 def _report(
-    image: Image,
-    entry: int,
-    bitmap: int,
-    place: HostOffset,
-    weight: int,
-    tally: Tally | None,
-    findings: Findings,
+    image: Image, entry: int, bitmap: int, place: HostOffset, weight: int, findings: Findings
 ) -> None:
     """What is wrong with an entry that is not compressed."""
     offset = entry & OFFSET_MASK
-    repairable = False
     if entry & L2_RESERVED:
         findings.add("l2-reserved", place, f"L2 entry {entry:#x} has reserved bits set", weight)
     if entry & ALL_ZERO and image.no_zero_flag:
-        findings.add(
-            "zero-flag", place, f"L2 entry {entry:#x} has a zero flag, which this image cannot have", weight
-        )
+        text = f"L2 entry {entry:#x} has a zero flag, which this image cannot have"
+        findings.add("zero-flag", place, text, weight)
     if not offset and not at_start(image, entry):
         if bitmap & ALL_ALLOCATED:
             text = f"L2 entry {entry:#x} has no cluster but subclusters {bitmap & ALL_ALLOCATED:#x}"
             findings.add("subclusters-no-cluster", place, text, weight)
-            repairable = True
-    else:
-        if bitmap >> 32 & bitmap:
-            text = f"subclusters {bitmap >> 32 & bitmap:#x} are called both data and zero"
-            findings.add("subclusters-both", place, text, weight)
-        if offset & image.mask:
-            findings.add(
-                "l2-unaligned", place, f"L2 entry points to {offset:#x}, which is not a cluster", weight
-            )
-            repairable = not (bitmap & ALL_ALLOCATED if image.extended else not entry & ALL_ZERO)
-            repairable = repairable and image.header.version > 2
-    if repairable and tally is not None and not (offset >= image.file_size and not image.external):
-        tally.repairable += 1
+        return
+    if bitmap >> 32 & bitmap:
+        text = f"subclusters {bitmap >> 32 & bitmap:#x} are called both data and zero"
+        findings.add("subclusters-both", place, text, weight)
+    if offset & image.mask:
+        text = f"L2 entry points to {offset:#x}, which is not a cluster"
+        findings.add("l2-unaligned", place, text, weight)
 
 
 def _scan_packed(
@@ -165,63 +148,53 @@ def _scan_packed(
     tally: Tally | None,
     findings: Findings | None,
 ) -> None:
-    repairable = bool(entry & COPIED)
     if entry & COPIED and findings is not None:
         findings.add(
             "packed-copied", place, f"L2 entry {entry:#x} of a compressed cluster has the COPIED flag", weight
         )
     if image.external or bitmap:
         if findings is not None:
-            if image.external:
-                kind, text = (
-                    "packed-external",
-                    f"L2 entry {entry:#x} is compressed in an image with an external data file",
-                )
-            else:
-                kind, text = (
-                    "packed-subclusters",
-                    f"L2 entry {entry:#x} is compressed but has subclusters {bitmap:#x}",
-                )
-            findings.add(kind, place, text, weight)
+            text = f"L2 entry {entry:#x} is compressed in an image with an external data file"
+            if not image.external:
+                text = f"L2 entry {entry:#x} is compressed but has subclusters {bitmap:#x}"
+            findings.add("packed-external" if image.external else "packed-subclusters", place, text, weight)
     else:
         offset, length = unpack_compressed(entry, image.bits)
         if image.outside(offset, length):
             if findings is not None:
                 text = f"compressed data at {offset:#x} of {length} bytes lies past the end of the file"
                 findings.add("packed-past-end", place, text, weight)
-            repairable = True
         else:
             counts.add(*image.span(offset, length), weight)
         if tally is not None:
             tally.allocated += active
             tally.compressed += active
             tally.fragmented += active
-    if repairable and tally is not None:
-        tally.repairable += 1
 
 
 def repaired_entry(image: Image, entry: int, bitmap: int) -> tuple[int, int]:
     """What a repair makes of an L2 entry; most stay as they are.
 
-    Only what cannot hold data any more is let go: a cluster past the end of the file (it was
-    never durable) becomes unallocated, a misplaced cluster kept for zeros becomes plain zeros.
+    Let go is only what cannot hold data: a sound entry whose cluster lies past the end of the
+    file (so it never was durable) becomes unallocated, subclusters without a cluster too, and a
+    misplaced cluster kept for zeros becomes plain zeros. Anything odder may be a damaged pointer
+    to good data and stays.
     """
     offset = entry & OFFSET_MASK
     if entry & COMPRESSED:
-        if not (image.external or bitmap) and image.outside(*unpack_compressed(entry, image.bits)):
-            return 0, 0
-        return entry & ~COPIED, bitmap
+        if image.external or bitmap or not image.outside(*unpack_compressed(entry, image.bits)):
+            return entry & ~COPIED, bitmap
+        return (entry if entry & COPIED else 0), bitmap
+    if entry & L2_RESERVED or (entry & ALL_ZERO and image.no_zero_flag):
+        return entry, bitmap
+    past_end = offset >= image.file_size and not image.external and not offset & image.mask
     if image.extended:
         data = bitmap & ALL_ALLOCATED
         present = offset or at_start(image, entry)
-        lost = data and not present
-        lost = lost or (offset >= image.file_size and not image.external and bool(offset))
-        if lost or (offset & image.mask and not data):
+        if (data and not present) or (offset and past_end) or (offset & image.mask and not data):
             return 0, bitmap & ~ALL_ALLOCATED
-        return entry, bitmap
-    zero = entry & ALL_ZERO if image.header.version > 2 else 0
-    if offset and ((offset >= image.file_size and not image.external) or (offset & image.mask and zero)):
-        return zero, 0
+    elif offset and (past_end or (offset & image.mask and entry & ALL_ZERO)):
+        return entry & ALL_ZERO, 0
     return entry, bitmap
 
 

@@ -31,7 +31,8 @@ from ...wire.qcow2 import (
 )
 from .barrier import SECTOR, runs
 from .check import Checker, Meter, singles
-from .check_counts import decode, encode
+from .check_counts import PART, decode, encode, parts
+from .check_layout import never_durable
 from .check_tables import repaired_entry
 from .findings import CORRUPTION, ERROR, LEAK, CheckResult, Findings
 from .opening import read_snapshots, read_table
@@ -41,7 +42,7 @@ from .tables import from_big_endian, to_big_endian
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from ...block.storage import Storage
     from ...units import Cluster, HostOffset
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from .node import Qcow2Node
 
 _FLAG_KINDS = ("copied-l1", "copied-l2")
+_DROPPED_KINDS = ("l2-past-end", "l2-unaligned", "packed-copied", "packed-past-end", "subclusters-no-cluster")
 _STAGES = 9  # check 2, drop, raise, flags 2, lower, check 2
 
 
@@ -153,7 +155,7 @@ class _Repair:
         found, layout = before.findings, before.layout
         self.clashing = before.clashing
         if everything:
-            if before.tally.repairable or layout.lost_tables:
+            if layout.lost_tables or any(kind in found.kinds for kind in _DROPPED_KINDS):
                 await self._drop(before)
             if layout.rebuild or layout.unreadable:
                 await self._rebuild()
@@ -190,13 +192,8 @@ class _Repair:
         for start, end, _ in layout.l1_parts:
             async for offset, words in image.words(start, end):
                 for index, entry in enumerate(words):
-                    table = entry & OFFSET_MASK
                     place = offset + index * 8
-                    if (
-                        table
-                        and image.outside(table, image.cluster)
-                        and place >> image.bits not in self.clashing
-                    ):
+                    if never_durable(image, entry) and place >> image.bits not in self.clashing:
                         await self.file.write(bytes(8), place)
                         self.done.add(
                             "dropped", place, f"L1 entry {entry:#x} pointed past the end, now unallocated"
@@ -239,20 +236,20 @@ class _Repair:
         for lo, hi in windows:
             counts = await checker.count(lo, hi, first=False)
             async for index, raw in checker.blocks(lo, hi):
-                first = index * image.per_block
-                if raw is None or counts.compare(raw, first, image.order, image.end, 0) is None:
+                if raw is None:
                     continue
-                disk = decode(raw, image.order)
-                wanted = [
-                    choose(count, min(uses, image.most_references))
-                    for count, uses in zip(disk, counts.values(first, image.per_block), strict=True)
-                ]
-                number = sum(map(int.__ne__, disk, wanted))
-                if number:
-                    changed += number
-                    await self._write_changes(
-                        checker.layout.blocks[index], bytes(raw), encode(wanted, image.order)
-                    )
+                offset = checker.layout.blocks[index]
+                for first, part in parts(raw, index * image.per_block, image.order):
+                    if counts.compare(part, first, image.order, image.end, 0) is not None:
+                        disk = decode(part, image.order)
+                        uses = counts.values(first, len(disk))
+                        most = image.most_references
+                        wanted = [
+                            choose(count, min(use, most)) for count, use in zip(disk, uses, strict=True)
+                        ]
+                        changed += sum(map(int.__ne__, disk, wanted))
+                        await self._write_changes(offset, bytes(part), encode(wanted, image.order))
+                    offset += len(part)
         await self.file.flush()
         if changed:
             self.done.add(kind, -1, f"{changed} {kind.replace('-', ' ')}", changed)
@@ -343,15 +340,19 @@ class _Repair:
     async def _content(self, checker: Checker, counts: Counts, index: int, keep: bool) -> bytes:
         """A new refcount block."""
         image, layout = checker.image, checker.layout
-        most = image.most_references
-        wanted: Sequence[int] = [
-            min(uses, most) for uses in counts.values(index * image.per_block, image.per_block)
-        ]
-        old = layout.blocks[index] if index < len(layout.blocks) and index not in layout.unreadable else 0
-        if keep and 0 < old < image.file_size:
-            disk = decode(await self.file.read(old, image.cluster), image.order)
-            wanted = list(map(max, wanted, disk))
-        return encode(wanted, image.order)
+        raw = bytearray(image.cluster)
+        place = layout.blocks[index] if index < len(layout.blocks) and index not in layout.unreadable else 0
+        if keep and 0 < place < image.file_size:
+            await self.file.read_into(raw, place)
+        content = []
+        for first, part in parts(memoryview(raw), index * image.per_block, image.order):
+            old = decode(part, image.order)
+            uses = counts.values(first, len(old))
+            most = image.most_references
+            content.append(
+                encode([max(a, min(b, most)) for a, b in zip(old, uses, strict=True)], image.order)
+            )
+        return b"".join(content)
 
     # -- 3: COPIED flags -------------------------------------------------------------------
 
@@ -361,15 +362,15 @@ class _Repair:
         image = checker.image
         windows = checker.windows()
         checker.begin(4, 2 * len(windows))
+        most = image.most_references
         number = 0
         for (lo, hi), reach in zip(windows, checker.reaches(windows), strict=True):
             if freeing:
                 counts = await checker.count(lo, hi, first=False)
                 ones = bytearray()
-                for first in range(lo, hi, image.per_block):
-                    ones += singles(
-                        [min(u, image.most_references) for u in counts.values(first, image.per_block)]
-                    )
+                for first in range(lo, hi, PART):
+                    uses = counts.values(first, min(PART, hi - first))
+                    ones += singles(uses if most > 1 else [min(use, most) for use in uses])
             else:
                 ones = await checker.ones(lo, hi)
             number += await checker.copied(lo, reach, ones, fix=True)

@@ -20,8 +20,7 @@ from __future__ import annotations
 
 from array import array
 
-from ...errors import HostError
-from ...errors import EnbanError
+from ...errors import EnbanError, HostError
 from ...wire.qcow2 import COMPRESSED, COPIED, OFFSET_MASK, SnapshotEntry, build_snapshots, unpack_compressed
 from .barrier import barrier
 from .mapping import run_ahead
