@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from os import fspath
 
 from .block.gate import SIBLINGS, Gate
 from .catalog import open_door
-from .errors import UsageError
+from .errors import CancelledError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,12 +32,24 @@ if TYPE_CHECKING:
     from .block.node import Node
     from .block.storage import ReadBuffer, WriteBuffer
     from .extent import Extent
+    from .jobs.check import CheckResult
+    from .jobs.convert import ConvertResult
     from .wire.qcow2 import SnapshotEntry
 
     T = TypeVar("T")
     Ts = TypeVarTuple("Ts")
 
-__all__ = ["AsyncDisk", "AsyncioRuntime", "open"]
+__all__ = [
+    "AsyncDisk",
+    "AsyncioRuntime",
+    "check",
+    "commit",
+    "convert",
+    "create",
+    "image_info",
+    "open",
+    "rebase",
+]
 
 
 class FutureWaiter:
@@ -238,3 +251,77 @@ async def open(
         runtime.close()
         raise
     return AsyncDisk(door, runtime)
+
+
+class _Stop:
+    """A job's progress report that ends the job once its task is cancelled."""
+
+    def __init__(self, report: Any) -> None:
+        self._report = report
+        self.wanted = False
+
+    def update(self, done: int, total: int) -> None:
+        if self.wanted:
+            raise CancelledError("the job was cancelled")
+        if self._report is not None:
+            self._report.update(done, total)
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.wanted:
+            raise CancelledError("the job was cancelled")
+        if self._report is not None:
+            self._report(done, total)
+
+
+async def _in_thread(name: str, reports: bool, args: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+    """Run a job of `enban` in a thread. A cancelled task waits until the job has cleaned up."""
+    import enban
+
+    stop = _Stop(settings.get("progress"))
+    if reports:
+        settings["progress"] = stop
+    work = asyncio.get_running_loop().run_in_executor(None, partial(getattr(enban, name), *args, **settings))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        stop.wanted = True
+        await asyncio.wait([work])
+        if not work.cancelled():
+            work.exception()
+        raise
+
+
+async def check(*args: Any, **settings: Any) -> CheckResult:
+    """`enban.check` without blocking the loop."""
+    result: CheckResult = await _in_thread("check", True, args, settings)
+    return result
+
+
+async def commit(*args: Any, **settings: Any) -> int:
+    """`enban.commit` without blocking the loop."""
+    result: int = await _in_thread("commit", True, args, settings)
+    return result
+
+
+async def convert(*args: Any, **settings: Any) -> ConvertResult:
+    """`enban.convert` without blocking the loop. Cancelled, it leaves nothing behind."""
+    result: ConvertResult = await _in_thread("convert", True, args, settings)
+    return result
+
+
+async def create(*args: Any, **settings: Any) -> int:
+    """`enban.create` without blocking the loop."""
+    result: int = await _in_thread("create", False, args, settings)
+    return result
+
+
+async def image_info(*args: Any, **settings: Any) -> list[dict[str, Any]]:
+    """`enban.image_info` without blocking the loop."""
+    result: list[dict[str, Any]] = await _in_thread("image_info", False, args, settings)
+    return result
+
+
+async def rebase(*args: Any, **settings: Any) -> int:
+    """`enban.rebase` without blocking the loop."""
+    result: int = await _in_thread("rebase", True, args, settings)
+    return result

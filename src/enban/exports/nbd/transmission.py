@@ -74,12 +74,13 @@ _DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 
 
 class Spinners:
-    """How many threads of a server are spinning. One processor is always left to others."""
+    """How many threads of a server are spinning, of how many. One processor is always left to others."""
 
-    __slots__ = ("count", "most")
+    __slots__ = ("count", "most", "threads")
 
     def __init__(self) -> None:
         self.count = 0
+        self.threads = 0
         self.most = max(0, (os.cpu_count() or 1) - 1)
 
 
@@ -134,6 +135,13 @@ class Transmission:
 
     def run(self) -> None:
         """Answer until the client takes leave or hangs up. Raises OSError, ProtocolError."""
+        self._spinners.threads += 1
+        try:
+            self._loop()
+        finally:
+            self._spinners.threads -= 1
+
+    def _loop(self) -> None:
         parse, most = self._codec.parse_requests, self._session.max_payload
         need = self._codec.request_size
         while not self._leaving:
@@ -174,7 +182,9 @@ class Transmission:
         except BlockingIOError:
             pass
         spinners = self._spinners
-        if self._spinning and self._few and spinners.count < spinners.most:
+        # With others at work, a thread spins only where latency is what counts: at short batches.
+        worth_it = self._spinning and (self._few or spinners.threads == 1)
+        if worth_it and spinners.count < spinners.most:
             spinners.count += 1
             try:
                 until = perf_counter_ns() + self._spin_ns

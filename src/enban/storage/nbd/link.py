@@ -265,7 +265,9 @@ def _handshake(address: Address, sock: socket.socket) -> Link:
         tls=TLS_REQUIRED if address.tls else TLS_OFF,
     )
     while (step := negotiator.advance()) is not READY:
-        sock.sendall(handshake.to_send())
+        said = handshake.to_send()
+        if said:
+            sock.sendall(said)
         if step is START_TLS:
             from ..tls import client_context
 
