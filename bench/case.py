@@ -4,6 +4,7 @@ Commands are written as one would type them, with placeholders in braces:
 
     {raw-2G} {qcow2-2G} {zlib-2G} {meta-1T} ...   an input, made on demand (see inputs.py)
     {out}                                         the file this command writes
+    {folder}                                      where the bench works, for temporary files
     {python}                                      the interpreter running the bench
 
 The first word of `peer` is the program that must be installed for the row to run; `ours` is what follows
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 import bench
 
 PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
-NOT_INPUTS = frozenset({"out", "python"})
+NOT_INPUTS = frozenset({"folder", "out", "python"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,11 @@ class Case:
     peer_bound_s: float | None = None
     # Short commands deserve more samples: pairs are multiplied by this.
     more: int = 1
+    # The last line each command prints is its figure, in seconds, in place of the time it took. `ours` is
+    # then a whole command, and the enban command is appended to it.
+    self_timed: bool = False
+    # Programs besides the peer's that must be installed.
+    needs: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> list[str]:

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bench import inputs
@@ -127,11 +127,11 @@ class Bench:
 
     def values(self, names: list[str], out: Path) -> dict[str, str]:
         made = {name: str(self.make_input(name)) for name in names}
-        return {**made, "out": str(out), "python": self.python}
+        return {**made, "out": str(out), "folder": str(self.folder), "python": self.python}
 
     def missing(self, case: Case) -> list[str]:
         """Programs that the case needs and this machine has not."""
-        needed = {case.peer_program} - {"{python}"}
+        needed = {case.peer_program, *case.needs} - {"{python}"}
         for name in case.inputs:
             needed |= inputs.programs(name)
         return sorted(program for program in needed if shutil.which(program) is None)
@@ -162,7 +162,8 @@ class Bench:
         case = row.case
         peer_out, peer_stdout, ours_out, ours_stdout = self.outputs()
         peer = expand(case.peer, self.values(case.inputs, peer_out))
-        ours = [*self.ours, *expand(case.ours, self.values(case.inputs, ours_out))]
+        ours = expand(case.ours, self.values(case.inputs, ours_out))
+        ours = [*ours, *self.ours] if case.self_timed else [*self.ours, *ours]
         warm_up = [inputs.path_of(self.folder, name) for name in case.inputs]
         captured = case.same_json
 
@@ -189,7 +190,10 @@ class Bench:
             # Both outputs go: no old dirty pages are written while something is timed.
             for path in self.outputs():
                 path.unlink(missing_ok=True)
-            sample = once(argv, bound_s=bound_s)
+            said = out.with_suffix(".stdout") if case.self_timed else None
+            sample = once(argv, bound_s=bound_s, stdout=said)
+            if said is not None:
+                sample = replace(sample, seconds=figure(said))
             side.add(sample)
             side.unfinished = sample.timed_out
             if case.out and not sample.timed_out:
@@ -223,6 +227,15 @@ class Bench:
                 raise Failed("qemu-img check finds errors in our output")
         if case.same_json:
             self.own_step("bench.same_json", str(peer_stdout), str(ours_stdout))
+
+
+def figure(stdout: Path) -> float:
+    """What a self-timed command said on its last line."""
+    words = stdout.read_text().split()
+    try:
+        return float(words[-1])
+    except (IndexError, ValueError):
+        raise Failed(f"no figure on the last line of {stdout.name}") from None
 
 
 def with_origins(names: set[str]) -> set[str]:

@@ -4,6 +4,7 @@
     qcow2-SIZE      the same as qcow2, written by qemu-img
     zlib-SIZE       the same compressed, zlib, written by qemu-img
     zstd-SIZE       the same compressed, zstd, written by qemu-img
+    full-SIZE       qcow2 with every cluster allocated and full of random bytes, written by qemu-img
     meta-SIZE       qcow2 with every cluster allocated, tables in order, no data behind them (see metadata.py)
     shuffled-SIZE   the same with its data clusters in a random order
 
@@ -27,7 +28,7 @@ QEMU_MADE = {
     "zlib": ["-c"],
     "zstd": ["-c", "-o", "compression_type=zstd"],
 }
-KINDS = ("raw", *QEMU_MADE, "meta", "shuffled")
+KINDS = ("raw", *QEMU_MADE, "full", "meta", "shuffled")
 
 
 def parse(name: str) -> tuple[str, int]:
@@ -50,7 +51,7 @@ def made_from(name: str) -> list[str]:
 
 def programs(name: str) -> set[str]:
     """Peers without which the input cannot be made."""
-    return {"qemu-img"} if parse(name)[0] in QEMU_MADE else set()
+    return {"qemu-img"} if parse(name)[0] in (*QEMU_MADE, "full") else set()
 
 
 def estimate_bytes(name: str) -> int:
@@ -58,6 +59,8 @@ def estimate_bytes(name: str) -> int:
     kind, size = parse(name)
     if kind in ("raw", "qcow2"):
         return size // 2
+    if kind == "full":
+        return size
     if kind in QEMU_MADE:
         return size * 2 // 5
     return size // CLUSTER_BYTES * 11  # an L2 entry, a refcount and a little more per cluster
@@ -79,6 +82,8 @@ def make(folder: Path, name: str) -> Path:
     if kind in QEMU_MADE:
         command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", *QEMU_MADE[kind]]
         subprocess.run([*command, path_of(folder, made_from(name)[0]), partial], check=True)
+    elif kind == "full":
+        write_full(partial, size)
     elif kind == "raw":
         write_mixed(partial, size)
     else:
@@ -129,6 +134,20 @@ def write_mixed(path: Path, size: int) -> None:
                 file.seek(position)
                 file.write(generator.bytes(count) if kind == 0 else text(count))
             position += count
+
+
+def write_full(path: Path, size: int) -> None:
+    import numpy
+
+    raw = path.with_suffix(".raw")
+    block = numpy.random.Generator(numpy.random.PCG64(3)).bytes(1 << 20)
+    try:
+        with raw.open("wb") as file:
+            for _ in range(size >> 20):
+                file.write(block)
+        subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, path], check=True)
+    finally:
+        raw.unlink(missing_ok=True)
 
 
 def main(arguments: list[str]) -> int:

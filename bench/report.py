@@ -32,6 +32,8 @@ def align(rows: Sequence[Sequence[str]]) -> str:
 
 def seconds(value: float) -> str:
     """Three figures or so, the unit chosen to fit."""
+    if value < 0.0001:
+        return f"{value * 1e6:.1f} us"
     if value < 0.1:
         return f"{value * 1000:.1f} ms"
     return f"{value:.3f} s" if value < 10 else f"{value:.1f} s"

@@ -89,7 +89,9 @@ def test_every_case_is_well_formed() -> None:
         writes = "{out}" in one.peer
         assert writes == ("{out}" in one.ours) == bool(one.out), one.name
         assert one.peer_program in ("qemu-img", "{python}"), one.name
-        assert case.expand(one.ours, {**dict.fromkeys(one.inputs, "image"), "out": "o"})
+        others = {"out": "o", "folder": "f", "python": "p"}
+        assert case.expand(one.ours, {**dict.fromkeys(one.inputs, "image"), **others})
+        assert one.self_timed == one.ours.startswith("{python}"), one.name
         if writes:
             # Without it a row would compare our flushed output with a peer's that is not.
             assert " -t " in f" {one.ours} ", one.name
@@ -109,6 +111,16 @@ def test_the_goals_of_the_project_are_the_goals_of_the_bench() -> None:
         "map 1 TiB, tables in order": 1,
         "map 64 GiB, shuffled": 1,
         "info, at most 3x an empty Python": pytest.approx(1 / 3),
+        "nbd: 4k random read, depth 32": 2,
+        "nbd: 4k random write, allocated, depth 32": 2,
+        "nbd: 4k random write that allocates, depth 32": 1.5,
+        "nbd: 4k random read, depth 1": 2,
+        "nbd: 4k random write, depth 1": 2,
+        "nbd: 256k sequential read, depth 8": 4,
+        "nbd: 256k sequential write, depth 8": 2,
+        "nbd: 4k random read, 4 connections, depth 32": 2.5,
+        "nbd: 4k random read, depth 32, not in page cache": 1,
+        "nbd: nbdcopy of a compressed qcow2": 1.5,
     }
 
 
@@ -408,3 +420,23 @@ def test_the_command_line_lists_and_refuses(tmp_path: Path, capsys: pytest.Captu
         main(["--only", "zzz", "--ours", "true", "--dir", str(tmp_path)])
     with pytest.raises(SystemExit):
         main(["--pairs", "0"])
+
+
+# ---- self-timed cases
+
+
+def test_a_self_timed_command_says_its_figure(tmp_path: Path) -> None:
+    """The figure on its last line counts, not how long it ran; our command is appended."""
+    one = case.Case(
+        name="x",
+        peer="{python} -c \"print('words'); print(0.5)\"",
+        ours='{python} -c "import sys; print(len(sys.argv) / 16)"',
+        self_timed=True,
+        goal=2,
+    )
+    row = harness.Bench(tmp_path, ["enban"], 2, lambda text: None).measure(one)
+    assert (row.verdict, row.peer.seconds, row.ours.seconds) == ("met", [0.5, 0.5], [0.125, 0.125]), row.why
+    silent = case.Case(name="y", peer="{python} -c pass", ours="{python} -c pass", self_timed=True)
+    assert "no figure" in harness.Bench(tmp_path, ["enban"], 1, lambda text: None).measure(silent).why
+    needy = case.Case(name="z", peer="{python} -c pass", ours="x", needs=("no-such-program",))
+    assert harness.Bench(tmp_path, ["enban"], 1, lambda text: None).measure(needy).verdict == "not run"

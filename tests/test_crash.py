@@ -171,7 +171,7 @@ def test_power_cuts_after_a_failed_barrier(image: Image, operation: str) -> None
         if explorer.failures:
             explored += 1
             explorer.explore(subsets=1, scattered=2, reopen_every=100)
-    assert explored > 3
+    assert explored > 2
 
 
 @pytest.mark.long
@@ -180,7 +180,7 @@ def test_power_cuts_after_a_failed_barrier(image: Image, operation: str) -> None
 @pytest.mark.parametrize("image", [FULL_OF_TABLES, *IMAGES], ids=repr)
 def test_power_cuts_after_a_failed_barrier_long(image: Image, seed: int, operation: str) -> None:
     start, guest = start_of(image, seed)
-    for number in range(1, 60):
+    for number in range(seed % 7 + 1, 60, 7):
         decide = faults.fail_at(number, operations=(operation,))
         explorer = Explorer(image, seed, start, guest, None, decide)
         if not explorer.failures:

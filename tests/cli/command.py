@@ -52,14 +52,8 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT / "src")}
 
 
-def process(*words: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+def process(*words: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a command as a process of its own."""
     return subprocess.run(
-        command(*words),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=environment(),
-        **options,
-    )  # type: ignore[call-overload,no-any-return]
+        command(*words), capture_output=True, text=True, timeout=120, check=False, env=environment()
+    )

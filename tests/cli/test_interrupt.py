@@ -91,7 +91,7 @@ def test_two_jobs_for_one_target(tmp_path: Path) -> None:
     target = tmp_path / "target.qcow2"
     with half_done(target) as running:
         assert "another process is making this image" in refused("create", "-f", "qcow2", target, "1M")
-        out, err = running.communicate(timeout=60)
+        _out, err = running.communicate(timeout=60)
     assert (running.returncode, err) == (0, b"")
     with enban_package.open(target) as disk:
         assert disk.pread(8 * MIB, 0) == pattern(8 * MIB)

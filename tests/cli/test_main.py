@@ -12,8 +12,8 @@ import pytest
 
 import enban as enban_package
 import enban.cli.info as info_module
-from enban.errors import CorruptImageError, NoSpaceError
 from enban.cli import main
+from enban.errors import CorruptImageError, NoSpaceError
 from tests.cli.command import command, enban, environment, process, refused
 from tests.support import make_qcow2
 

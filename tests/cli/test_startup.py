@@ -57,8 +57,16 @@ def test_info_imports_nothing_heavy(tmp_path: Path, backing: bool) -> None:
     # -S and -I: without what this Python's site-packages import at start.
     source = str(Path(__file__).parents[2] / "src")
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {source!r})\n{PROGRAM}"]
-        + ["info", "--backing-chain", str(path)],
+        [
+            sys.executable,
+            "-I",
+            "-S",
+            "-c",
+            f"import sys; sys.path.insert(0, {source!r})\n{PROGRAM}",
+            "info",
+            "--backing-chain",
+            str(path),
+        ],
         capture_output=True,
         text=True,
         check=True,
@@ -70,7 +78,7 @@ def test_info_imports_nothing_heavy(tmp_path: Path, backing: bool) -> None:
     found = HEAVY & set(modules)
     assert not found, f"enban info imports {sorted(found)}"
     ours = [name for name in modules if name.startswith("enban")]
-    assert not [name for name in ours if name.startswith(("enban.cli.", "enban.jobs."))] or set(
+    assert not [name for name in ours if name.startswith(("enban.cli.", "enban.jobs."))] or {
         name for name in ours if name.startswith(("enban.cli.", "enban.jobs."))
-    ) == {"enban.cli.common", "enban.cli.options", "enban.cli.info", "enban.jobs.info"}
+    } == {"enban.cli.common", "enban.cli.options", "enban.cli.info", "enban.jobs.info"}
     assert len(modules) < 90, f"{len(modules)} modules"

@@ -75,7 +75,13 @@ class TestSame:
         ("offset", "length"), [("5000", "70000"), ("0", "1"), ("1M", "1M"), ("3000k", "64M"), ("1G", "1M")]
     )
     def test_map_of_a_part(self, image: Path, offset: str, length: str) -> None:
-        words = ["map", "--output=json", f"--start-offset={offset}", f"--max-length={length}", image]
+        words: list[str | Path] = [
+            "map",
+            "--output=json",
+            f"--start-offset={offset}",
+            f"--max-length={length}",
+            image,
+        ]
         assert enban(*words).out == qemu_img(*words)
 
     @pytest.mark.parametrize(
@@ -91,7 +97,7 @@ class TestSame:
         ],
     )
     def test_measure(self, image: Path, target: str) -> None:
-        words = ["measure", *target.split(), image]
+        words: list[str | Path] = ["measure", *target.split(), image]
         code, out = peer(*words)  # 1 where the disk is too large for the clusters
         assert enban(*words, code=code).out == out
         if not code:
@@ -128,7 +134,7 @@ def test_measure_of_a_size(words: str) -> None:
 @needs_qemu_io
 @pytest.mark.parametrize("snapshot", ["before", "2", "snapshot.name=after", "snapshot.id=1"])
 def test_measure_of_a_snapshot(zoo: Zoo, snapshot: str) -> None:
-    words = ["measure", "-O", "qcow2", "-l", snapshot, zoo["snapshots"]]
+    words: list[str | Path] = ["measure", "-O", "qcow2", "-l", snapshot, zoo["snapshots"]]
     assert enban(*words).out == qemu_img(*words)
 
 

@@ -382,7 +382,7 @@ def test_commit(tmp_path: Path, options: str, base_format: str, flags: list[str]
 @needs_qemu_img
 @needs_qemu_io
 def test_commit_gives_the_space_back(tmp_path: Path) -> None:
-    base, middle, top = make_chain(tmp_path)
+    _base, _middle, top = make_chain(tmp_path)
     qemu_io(top, "write -P 77 0 4M")
     enban("commit", top)
     report = qemu_check(top)
@@ -394,7 +394,7 @@ def test_commit_gives_the_space_back(tmp_path: Path) -> None:
 @needs_qemu_io
 def test_commit_of_an_image_with_snapshots(tmp_path: Path) -> None:
     """A snapshot of the overlay keeps the clusters it shares."""
-    base, middle, top = make_chain(tmp_path)
+    _base, _middle, top = make_chain(tmp_path)
     qemu_img("snapshot", "-c", "kept", top)
     qemu_io(top, "write -P 78 64k 4k", "write -P 79 1M 64k")
     snapshot = tmp_path / "snapshot.raw"

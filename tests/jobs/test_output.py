@@ -12,7 +12,6 @@ import pytest
 import enban
 from enban.block.runtime import drive
 from enban.errors import HostError, LockedError, NoSpaceError, UsageError
-from enban.jobs import output
 from enban.jobs.create import create, prepare_target
 from enban.jobs.output import SUFFIX, Output, partial_name
 from enban.storage import host
@@ -52,7 +51,7 @@ def test_durable_before_it_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(host, "sync", sync)
     monkeypatch.setattr(host, "sync_directory", sync_directory)
-    monkeypatch.setattr(output.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     for format in ("raw", "qcow2", "qcow"):
         events.clear()
         with prepare_target(str(tmp_path / format), format, {}, size=MIB) as target:

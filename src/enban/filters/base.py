@@ -1,9 +1,9 @@
 """A storage that stands in front of another one and passes everything on.
 
-A filter overrides only what it changes. One thing is not passed on: `copy_from` moves bytes
-inside the host, past any filter, so a filter answers that it cannot and the bytes come through
-`write` like all others. As a source a filter cannot be copied from either, because a storage
-only copies from its own kind.
+A filter overrides only what it changes. Short cuts past `write` are not passed on (`write_now`,
+`copy_from`, `plain_fd`): a filter answers that it cannot, and the bytes come through `write` like
+all others. As a source a filter cannot be copied from either, because a storage only copies from
+its own kind. A filter that changes reading overrides `read_now` and `read_into` together.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ Before each call a decision is asked for: a function that sees the call and answ
 A torn write or a short read is a fault with `done`: so many bytes are moved before the error.
 
 Every read is a call of its own, exactly once: `read_now` always says that it must wait, and
-the decision is made in `read_into`.
+the decision is made in `read_into`. A `write_now` is a call too; if it fails or cannot, the
+engine comes again with `write`, which is the next call.
 """
 
 from __future__ import annotations
@@ -129,6 +130,14 @@ class Faults(Filter):
             return
         if fault.done:
             await self.below.read_into(memoryview(buffer)[: fault.done], offset)
+        raise fault.error(call, self.name)
+
+    def write_now(self, buffer: ReadBuffer, offset: HostOffset) -> bool:
+        call, fault = self._ask(WRITE, offset, len(buffer))
+        if fault is None:
+            return self.below.write_now(buffer, offset)
+        if fault.done:
+            self.below.write_now(memoryview(buffer)[: fault.done], offset)
         raise fault.error(call, self.name)
 
     async def write(self, buffer: ReadBuffer, offset: HostOffset) -> None:

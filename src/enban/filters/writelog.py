@@ -80,6 +80,15 @@ class WriteLog(Filter):
         entry.note = note
         entry.ended = entry.began
 
+    def write_now(self, buffer: ReadBuffer, offset: HostOffset) -> bool:
+        entry = self._begin(WRITE, offset, len(buffer), bytes(buffer))
+        if not self.below.write_now(buffer, offset):
+            with self._guard:
+                self.entries.remove(entry)  # nothing was written
+            return False
+        self._end(entry)
+        return True
+
     async def write(self, buffer: ReadBuffer, offset: HostOffset) -> None:
         entry = self._begin(WRITE, offset, len(buffer), bytes(buffer))
         await self.below.write(buffer, offset)

@@ -396,7 +396,7 @@ def open_backing(path: str, name: str, format: str, *, gate: Gate, force_share: 
 
 
 def create(
-    path: str,
+    path: str | os.PathLike[str],
     format: str = "raw",
     options: Mapping[str, str] | None = None,
     *,
@@ -410,6 +410,7 @@ def create(
     large as its backing file. unchecked: do not look at the backing file.
     Raises UsageError, HostError (LockedError, NoSpaceError), ImageError.
     """
+    path = os.fspath(path)
     wanted = dict(options or {})
     given = read_options(format, wanted).get("size")
     if given is not None:

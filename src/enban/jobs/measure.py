@@ -15,6 +15,7 @@ from enban.units import SECTOR, align_up
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Any
 
     from enban.block.disk import Disk
 
@@ -52,8 +53,8 @@ def measure(
         raise UnsupportedOperationError(f"format {format} cannot be measured", hint="use -O raw or -O qcow2")
     from enban.formats.qcow2.create import Qcow2Options, largest_size
 
-    chosen: dict[str, object] = dict(values)
-    header = Qcow2Options(size, **chosen).header()  # type: ignore[arg-type]
+    chosen: Any = dict(values)
+    header = Qcow2Options(size, **chosen).header()
     if size > largest_size(header):
         raise UsageError(
             f"a size of {size} bytes is too large for clusters of {header.cluster_size} bytes",

@@ -48,8 +48,9 @@ class Progress:
         self._guard = _thread.allocate_lock()
         self._started = monotonic()
         self._next = self._started + self._interval
-        self._first_done = -1
-        # A few (time, done) points of the last seconds: the rate is that of now, not of the start.
+        self._drawn = False
+        # A few (time, done) points of the last seconds: the rate is that of now, not of the start,
+        # and what a resumed job found done already is not in it.
         self._points: list[tuple[float, int]] = []
         self._width = 0
         self._last = (0, 0)
@@ -59,6 +60,8 @@ class Progress:
         if not self._active:
             return
         now = monotonic()
+        if not self._points:
+            self._points.append((now, done))
         if now < self._next or not self._guard.acquire(False):
             return
         try:
@@ -69,7 +72,7 @@ class Progress:
 
     def finish(self) -> None:
         """The job is done: show all of it and end the line."""
-        if self._active and self._first_done >= 0:
+        if self._active and self._drawn:
             with self._guard:
                 total = self._last[1] or self._last[0]
                 self._draw(monotonic(), total, total)
@@ -89,9 +92,7 @@ class Progress:
     def _draw(self, now: float, done: int, total: int) -> None:
         done = max(done, self._last[0])
         self._last = (done, total)
-        if self._first_done < 0:
-            self._first_done = done
-            self._points.append((self._started, done))
+        self._drawn = True
         self._points.append((now, done))
         while len(self._points) > 2 and now - self._points[1][0] > _RATE_WINDOW_S:
             del self._points[0]

@@ -38,9 +38,13 @@ class MemoryStorage(Storage):
     async def read_into(self, buffer: WriteBuffer, offset: HostOffset) -> None:
         self.read_now(buffer, offset)
 
-    async def write(self, buffer: ReadBuffer, offset: HostOffset) -> None:
+    def write_now(self, buffer: ReadBuffer, offset: HostOffset) -> bool:
         self._reach(offset + len(buffer), offset)
         self.content[offset : offset + len(buffer)] = buffer
+        return True
+
+    async def write(self, buffer: ReadBuffer, offset: HostOffset) -> None:
+        self.write_now(buffer, offset)
 
     def _reach(self, end: int, offset: HostOffset) -> None:
         if end > self.limit:

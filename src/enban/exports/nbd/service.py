@@ -109,6 +109,8 @@ def serve(
         if names.count(name) > 1:
             raise UsageError(f"two exports have the name '{name}'", hint="name them: NAME=FILE")
     with contextlib.ExitStack() as stack:
+        # Until the last disk is closed a signal must not end the process: that would lose what was answered.
+        handlers = _keep_signal_handlers(stack)
         trace = None
         if settings.trace:
             trace = Trace(settings.trace)
@@ -132,7 +134,7 @@ def serve(
             trace=trace,
             log=log,
         )
-        _catch_signals(server, stack)
+        _catch_signals(server, handlers)
         if settings.pid_file:
             _write_pid(settings.pid_file, stack)
         for listener in listeners:
@@ -209,21 +211,21 @@ def _write_pid(path: str, stack: contextlib.ExitStack) -> None:
     stack.callback(_remove, path)
 
 
-def _catch_signals(server: Server, stack: contextlib.ExitStack) -> None:
-    if threading.current_thread() is not threading.main_thread():
-        return
-    before = {
-        number: signal.signal(number, handler)
-        for number, handler in (
-            (signal.SIGTERM, lambda *_: server.stop()),
-            (signal.SIGINT, lambda *_: server.stop()),
-            (signal.SIGHUP, lambda *_: server.stop()),
-            (signal.SIGUSR1, lambda *_: server.request_status()),
-        )
-    }
+def _keep_signal_handlers(stack: contextlib.ExitStack) -> dict[int, Any]:
+    """The signal handlers that are put back at the very end, after everything else on the stack."""
+    before: dict[int, Any] = {}
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
     stack.callback(restore)
+    return before
+
+
+def _catch_signals(server: Server, before: dict[int, Any]) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        before[number] = signal.signal(number, lambda *_: server.stop())
+    before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, lambda *_: server.request_status())

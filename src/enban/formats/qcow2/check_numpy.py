@@ -215,6 +215,11 @@ def _odd(
     if not image.external and (packed is not None or int(offsets.max()) >= image.file_size):
         found = offsets >= np.uint64(image.file_size)
         bad.append(found if plain is None else found & plain)
+    if not offsets.all():
+        found = (offsets == 0) & (entries >= np.uint64(COPIED))
+        if image.external:
+            found &= (entries & np.uint64(0 if image.extended else ALL_ZERO)) != 0
+        bad.append(found if plain is None else found & plain)
     if bitmaps is not None:
         found = (bitmaps >> np.uint64(32) & bitmaps) != 0
         found |= (offsets == 0) & (bitmaps & np.uint64(ALL_ALLOCATED) != 0)

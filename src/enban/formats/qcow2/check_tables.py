@@ -76,7 +76,7 @@ def scan_table(
             _scan_packed(image, entry, bitmap, place + index * step, active, weight, counts, tally, findings)
             continue
         offset = entry & OFFSET_MASK
-        odd = entry & L2_RESERVED or offset & mask or bitmap
+        odd = not offset or entry & L2_RESERVED or offset & mask or bitmap
         if (odd or (entry & ALL_ZERO and image.no_zero_flag)) and findings is not None:
             _report(image, entry, bitmap, place + index * step, weight, findings)
         if not offset and not (external and at_start(image, entry)):
@@ -125,6 +125,9 @@ def _report(
         text = f"L2 entry {entry:#x} has a zero flag, which this image cannot have"
         findings.add("zero-flag", place, text, weight)
     if not offset and not at_start(image, entry):
+        if entry & COPIED:
+            text = f"L2 entry {entry:#x} has the COPIED flag but no cluster"
+            findings.add("copied-no-cluster", place, text, weight)
         if bitmap & ALL_ALLOCATED:
             text = f"L2 entry {entry:#x} has no cluster but subclusters {bitmap & ALL_ALLOCATED:#x}"
             findings.add("subclusters-no-cluster", place, text, weight)
@@ -187,6 +190,8 @@ def repaired_entry(image: Image, entry: int, bitmap: int) -> tuple[int, int]:
         return (entry if entry & COPIED else 0), bitmap
     if entry & L2_RESERVED or (entry & ALL_ZERO and image.no_zero_flag):
         return entry, bitmap
+    if not offset and not at_start(image, entry):
+        entry &= ~COPIED
     past_end = offset >= image.file_size and not image.external and not offset & image.mask
     if image.extended:
         data = bitmap & ALL_ALLOCATED

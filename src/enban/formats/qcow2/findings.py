@@ -17,7 +17,14 @@ CORRUPTION, LEAK, ERROR, NOTE = "corruption", "leak", "error", "note"
 MOST_KEPT = 100
 
 # Kinds that QEMU's check does not look for (or, as the last one, does not count).
-BEYOND_QEMU = ("overlap", "zero-flag", "l1-no-table", "bitmap-entry", "leak-past-end")
+BEYOND_QEMU = (
+    "overlap",
+    "zero-flag",
+    "copied-no-cluster",
+    "l1-no-table",
+    "bitmap-entry",
+    "leak-past-end",
+)
 
 SEVERITY = {
     # places
@@ -32,6 +39,7 @@ SEVERITY = {
     "l2-unaligned": CORRUPTION,
     "l2-past-end": CORRUPTION,
     "zero-flag": CORRUPTION,  # where the format has none
+    "copied-no-cluster": CORRUPTION,
     "packed-copied": CORRUPTION,
     "packed-external": CORRUPTION,
     "packed-subclusters": CORRUPTION,

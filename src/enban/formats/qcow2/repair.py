@@ -50,7 +50,14 @@ if TYPE_CHECKING:
     from .node import Qcow2Node
 
 _FLAG_KINDS = ("copied-l1", "copied-l2")
-_DROPPED_KINDS = ("l2-past-end", "l2-unaligned", "packed-copied", "packed-past-end", "subclusters-no-cluster")
+_DROPPED_KINDS = (
+    "copied-no-cluster",
+    "l2-past-end",
+    "l2-unaligned",
+    "packed-copied",
+    "packed-past-end",
+    "subclusters-no-cluster",
+)
 _STAGES = 9  # check 2, drop, raise, flags 2, lower, check 2
 
 
