@@ -3,8 +3,8 @@
     python -m bench.nbd_load WORK IMAGE FOLDER qemu-nbd          the better of aio=threads, aio=io_uring
     python -m bench.nbd_load WORK IMAGE FOLDER ENBAN-COMMAND...
 
-Works are in WORKS. IMAGE (qcow2) is not changed: works that write get a copy of it in FOLDER, or a new
-image. qemu-nbd's aio mode `native` needs O_DIRECT, which is another thing than the page cache.
+Works are in WORKS. IMAGE (qcow2) is not changed: works that write use a copy beside it, or a new image in
+FOLDER. qemu-nbd's aio mode `native` needs O_DIRECT, which is another thing than the page cache.
 """
 
 from __future__ import annotations
@@ -73,11 +73,12 @@ def measure(work: Work, image: Path, room: Path, command: list[str], socket: str
         time.sleep(0.2)
         return load(work, f"nbd+unix:///?socket={socket}")
     finally:
-        server.terminate()
+        # Killed, so that it does not first write out what nobody will read.
+        server.kill()
         server.wait(60)
         if os.path.exists(socket):
             os.unlink(socket)
-        if disk != image:
+        if work.on == "new":
             disk.unlink()
 
 
@@ -86,15 +87,17 @@ def prepare(work: Work, image: Path, room: Path) -> Path:
         disk = room / "new.qcow2"
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, "16G"], check=True)
         return disk
-    disk = image
     if work.on == "copy":
-        disk = room / "copy.qcow2"
-        shutil.copyfile(image, disk)
-    with disk.open("rb") as file:
-        os.fsync(file.fileno())  # its writeback is no part of what is measured
-        if work.cold:
+        # Made once and written to by everybody: its clusters stay where they are.
+        disk = image.with_name("nbd-" + image.name)
+        if not disk.exists():
+            shutil.copyfile(image, disk)
+        return disk
+    if work.cold:
+        with image.open("rb") as file:
+            os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return disk
+    return image
 
 
 def load(work: Work, uri: str) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 from enban.block.codec import deflater
 from enban.block.disk import Disk
 from enban.block.runtime import BLOCKING, drive
+from enban.errors import CorruptImageError, EnbanError
 from enban.filters.base import Filter
 from enban.formats.qcow2.check import WINDOW, Checker, Meter
 from enban.formats.qcow2.findings import CheckResult
@@ -71,10 +72,11 @@ def make_image(shape: str, seed: int = 0) -> bytearray:
 
 
 def guest(image: bytes | bytearray) -> list[bytes | None]:
-    """What the guest sees, a cluster at a time; None where reading fails."""
-    from enban.errors import EnbanError
-
-    disk = Disk(drive(open_memory(MemoryStorage(BLOCKING, image), writable=False)))
+    """What the guest sees, a cluster at a time; None where reading fails; nothing if it cannot be opened."""
+    try:
+        disk = Disk(drive(open_memory(MemoryStorage(BLOCKING, image), writable=False)))
+    except CorruptImageError:
+        return []
     size = disk.node.cluster_size
     seen: list[bytes | None] = []
     for offset in range(0, disk.size, size):
@@ -106,6 +108,12 @@ class Map:
     """Where an image has what, read straight from its bytes."""
 
     bits: int
+    size: int
+    l1_entries: int
+    l1_offset: int
+    table_offset: int
+    table_clusters: int
+    snapshots_offset: int
 
     def __init__(self, image: bytearray) -> None:
         self.image = image
@@ -120,7 +128,7 @@ class Map:
             count,
             self.snapshots_offset,
         ) = struct.unpack_from(">I12xIQ4xIQQIIQ", image, 4)
-        self.cluster: int = 1 << self.bits
+        self.cluster = 1 << self.bits
         incompatible = struct.unpack_from(">Q", image, 72)[0] if self.version == 3 else 0
         self.step = 16 if incompatible & 16 else 8
         self.l1 = [self.l1_offset + 8 * index for index in range(self.l1_entries)]

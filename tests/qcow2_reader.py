@@ -233,6 +233,8 @@ class Qcow2Reader:
         for j in range(self.per_table):
             entry = l2[j * numbers]
             bits = l2[j * numbers + 1] if self.extended else 0
+            if not entry and not bits:
+                continue
             what = f"entry {j} of L2 table {i}"
             if entry & COMPRESSED:
                 start, end = self._packed_place(entry)
@@ -269,9 +271,8 @@ class Qcow2Reader:
             if offset % self.cluster or offset + self.cluster > len(self.image):
                 report.corruptions.append(f"refcount block {index} at {offset:#x} is not inside the file")
                 continue
-            raw = bytes(self.image[offset : offset + self.cluster])
-            if not any(raw):
-                continue
+            raw = bytes(self.image[offset : offset + self.cluster]).rstrip(b"\0")
+            raw += bytes(-len(raw) % 8)  # counts are mostly zero behind the last one
             values: list[int] | array[int]
             if bits < 8:
                 values = [byte >> shift & (1 << bits) - 1 for byte in raw for shift in range(0, 8, bits)]

@@ -95,7 +95,9 @@ def qemu_same(ours: str | Path, content: bytes, directory: Path, *, format: str 
     """`qemu-img compare` of an image with bytes: identical, sizes too (in whole sectors)."""
     other = directory / "content.raw"
     other.write_bytes(content + bytes(-len(content) % 512))
-    qemu_img("compare", "-s", "-f", format, "-F", "raw", ours, other, cwd=directory)
+    qemu_img("compare", "-f", format, "-F", "raw", ours, other, cwd=directory)
+    about = json.loads(qemu_img("info", "--output=json", "-f", format, ours, cwd=directory))
+    assert about["virtual-size"] == other.stat().st_size
     other.unlink()
 
 

@@ -434,9 +434,9 @@ def test_a_self_timed_command_says_its_figure(tmp_path: Path) -> None:
         self_timed=True,
         goal=2,
     )
-    row = harness.Bench(tmp_path, ["enban"], 2, lambda text: None).measure(one)
+    row = Bench(tmp_path, ["enban"], 2, lambda text: None).measure(one)
     assert (row.verdict, row.peer.seconds, row.ours.seconds) == ("met", [0.5, 0.5], [0.125, 0.125]), row.why
     silent = case.Case(name="y", peer="{python} -c pass", ours="{python} -c pass", self_timed=True)
-    assert "no figure" in harness.Bench(tmp_path, ["enban"], 1, lambda text: None).measure(silent).why
+    assert "no figure" in Bench(tmp_path, ["enban"], 1, lambda text: None).measure(silent).why
     needy = case.Case(name="z", peer="{python} -c pass", ours="x", needs=("no-such-program",))
-    assert harness.Bench(tmp_path, ["enban"], 1, lambda text: None).measure(needy).verdict == "not run"
+    assert Bench(tmp_path, ["enban"], 1, lambda text: None).measure(needy).verdict == "not run"

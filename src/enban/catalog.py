@@ -245,6 +245,7 @@ class Opener:
 
     async def _open_qcow2(self, storage: Storage, options: Options, writable: bool) -> Node:
         from .formats.qcow2.opening import data_file_name, open_qcow2
+        from .wire.qcow2 import DIRTY
 
         node = await open_qcow2(
             storage.name, self.runtime, storage, writable=writable, metadata_only=self.metadata_only
@@ -260,6 +261,15 @@ class Opener:
                 self.gate.check(name, image=node.name, role="data file")
                 reference = self.resolve(name, node.name)
             node.data = await self.open_storage(reference, writable=writable)
+        if writable and node.header.incompatible & DIRTY and not self.metadata_only:
+            from .formats.qcow2.repair import repair_dirty
+
+            try:
+                await repair_dirty(node)
+            except BaseException:
+                if node.data is not storage:
+                    await node.data.close()
+                raise
         return node
 
     def _passphrase(self, options: Options, name: str) -> bytes | None:

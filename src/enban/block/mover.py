@@ -264,13 +264,16 @@ async def _write_piece(node: Node, piece: Piece, buffer: memoryview, offset: Gue
 
 
 async def _surroundings(node: Node, piece: Piece, start: GuestOffset, length: int) -> bytearray | None:
-    """What the guest reads in a part of a piece nobody writes; None where nothing need be written."""
+    """What the guest reads in a part of a piece nobody writes; None where nothing need be written.
+    Behind the disk's end it reads zeros: a part of a unit that comes to light when the disk grows."""
     if not length:
         return None
-    if piece.clean and await reads_zero(node, start, length):
+    inside = max(0, min(length, node.size - start))
+    if piece.clean and await reads_zero(node, start, inside):
         return None
     content = bytearray(length)
-    await read_into(node, memoryview(content), start)
+    if inside:
+        await read_into(node, memoryview(content)[:inside], start)
     return content
 
 

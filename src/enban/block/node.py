@@ -145,7 +145,8 @@ class Node:
 
     async def reserve(self, offset: GuestOffset, length: int) -> list[Piece]:
         """Space for a write. The pieces are in guest order, cover the range, and may reach past
-        it to unit boundaries (clipped to `size`). Raises NoSpaceError, HostError, CorruptImageError."""
+        it to unit boundaries; what they reach past `size` is filled with zeros. Raises NoSpaceError,
+        HostError, CorruptImageError."""
         raise UnsupportedOperationError(f"format {self.format} cannot be written", path=self.name)
 
     async def reserve_packed(self, offset: GuestOffset, length: int) -> Piece:

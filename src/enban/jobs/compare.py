@@ -1,15 +1,19 @@
 """Do two disks hold the same?
 
-Both maps are walked together. Strides that both know to be zero, or have at the same place of
-the same file (two overlays of one base), need no reading. The others are read and compared by
-a few threads, each with two buffers it uses again and again. They are handed out in order, so
-when one differs every earlier one is looked at already or in work, and the difference
-reported is the first.
+Both maps are walked together. What both know to be zero, or have at the same place of the same
+file (two overlays of one base), needs no reading. The rest is handed out in order, in batches
+of half a MiB, to a few threads, so when one batch differs every earlier one is looked at
+already or in work, and the difference reported is the first.
+
+A thread has two buffers and uses them again and again. A batch of several ranges is packed
+into the front of both; whatever was behind it compared equal before and still does, so always
+the whole buffers are compared, which Python does at the speed of memory.
 """
 
 from __future__ import annotations
 
 from enban.block.runtime import drive
+from enban.errors import InternalError
 from enban.jobs.map import (
     HAS_DATA,
     HAS_OFFSET,
@@ -21,7 +25,7 @@ from enban.jobs.map import (
     same_place,
     walk,
 )
-from enban.units import SECTOR, align_down
+from enban.units import SECTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,17 +38,10 @@ if TYPE_CHECKING:
 PIECE = 512 << 10  # small enough for buffers to stay in the cache of a core
 WORKERS = 2
 
-# How a range is to be compared.
-SAME = 0  # known to be equal
-READ_BOTH = 1
-FIRST_ZERO = 2  # the first disk reads zeros there, the second is to be read
-SECOND_ZERO = 3
-
 # Why two disks differ.
 SIZE, STATUS, CONTENT = "size", "status", "content"
 
 _STATUS = HAS_DATA | READS_ZERO | PRESENT | HAS_OFFSET
-_ZEROES = bytearray(PIECE)
 
 
 class Comparison:
@@ -98,35 +95,25 @@ def _first_status_difference(one: Disk, other: Disk) -> int:
     return -1
 
 
-def _how(left: Run, right: Run) -> int:
-    zero_left, zero_right = left[3] & READS_ZERO, right[3] & READS_ZERO
-    if zero_left and zero_right:
-        return SAME
-    if zero_left:
-        return FIRST_ZERO
-    if zero_right:
-        return SECOND_ZERO
-    return SAME if same_place(left, right) else READ_BOTH
-
-
-def _pieces(one: Disk, other: Disk, end: int) -> Iterator[tuple[int, int, int]]:
-    """What is to be read, in order: (start, length, how). Pieces are whole strides, as long as they
-    differ in nothing but how their parts are to be compared: long reads beat short exact ones."""
-    stride, how = 0, SAME
-    for place, n, left, right in pairs(padded(one.node, 0, end), padded(other.node, 0, end)):
-        kind = _how(left, right)
-        if kind == SAME:
+def _batches(one: Disk, other: Disk, end: int) -> Iterator[list[tuple[int, int]]]:
+    """The ranges (start, length) that must be read, in order, as many at a time as PIECE holds."""
+    batch: list[tuple[int, int]] = []
+    room = PIECE
+    for start, length, left, right in pairs(padded(one.node, 0, end), padded(other.node, 0, end)):
+        if left[3] & right[3] & READS_ZERO or same_place(left, right):
             continue
-        if place >= stride + PIECE:
-            if how != SAME:
-                yield stride, PIECE, how
-            stride, how = align_down(place, PIECE), SAME
-        how = kind if how in (SAME, kind) else READ_BOTH
-        while place + n > stride + PIECE:
-            yield stride, PIECE, how
-            stride, how = stride + PIECE, kind
-    if how != SAME:
-        yield stride, min(PIECE, end - stride), how
+        while length:
+            n = min(length, room)
+            if batch and sum(batch[-1]) == start:
+                batch[-1] = (batch[-1][0], batch[-1][1] + n)
+            else:
+                batch.append((start, n))
+            start, length, room = start + n, length - n, room - n
+            if not room:
+                yield batch
+                batch, room = [], PIECE
+    if batch:
+        yield batch
 
 
 class _Work:
@@ -140,60 +127,56 @@ class _Work:
         self.end = end
         self.progress = progress
         self.guard = Lock()
-        self.pieces = _pieces(one, other, end)
+        self.batches = _batches(one, other, end)
         self.first = -1  # the lowest offset known to differ
         self.error: BaseException | None = None
 
-    def next(self) -> tuple[int, int, int] | None:
+    def next(self) -> list[tuple[int, int]] | None:
         with self.guard:
             if self.first >= 0 or self.error is not None:
                 return None
-            return next(self.pieces, None)
+            return next(self.batches, None)
 
     def run(self) -> None:
         left, right = bytearray(PIECE), bytearray(PIECE)
         try:
-            while (piece := self.next()) is not None:
-                start, length, how = piece
-                if length < PIECE:  # the last one; a slice of a buffer would be compared item by item
-                    place = self._differs(start, bytearray(length), bytearray(length), bytearray(length), how)
-                else:
-                    place = self._differs(start, left, right, _ZEROES, how)
-                if place >= 0:
-                    with self.guard:
-                        self.first = place if self.first < 0 else min(self.first, place)
-                if self.progress is not None:
-                    self.progress.update(start + length, self.end)
+            with memoryview(left) as left_view, memoryview(right) as right_view:
+                while (batch := self.next()) is not None:
+                    filled = 0
+                    for start, length in batch:
+                        _read(self.one, left_view[filled : filled + length], start)
+                        _read(self.other, right_view[filled : filled + length], start)
+                        filled += length
+                    if left != right:
+                        place = _first_difference(left, right, batch)
+                        with self.guard:
+                            self.first = place if self.first < 0 else min(self.first, place)
+                    if self.progress is not None:
+                        self.progress.update(sum(batch[-1]), self.end)
         except BaseException as error:
             with self.guard:
                 self.error = self.error or error
 
-    def _differs(self, start: int, left: bytearray, right: bytearray, zeroes: bytearray, how: int) -> int:
-        if how == FIRST_ZERO:
-            left = zeroes
-        else:
-            _read(self.one, left, start)
-        if how == SECOND_ZERO:
-            right = zeroes
-        else:
-            _read(self.other, right, start)
-        if left == right:
-            return -1
-        for sector in range(0, len(left), SECTOR):
-            if left[sector : sector + SECTOR] != right[sector : sector + SECTOR]:
+
+def _first_difference(left: bytearray, right: bytearray, batch: list[tuple[int, int]]) -> int:
+    """The guest offset of the first sector that differs."""
+    filled = 0
+    for start, length in batch:
+        for sector in range(0, length, SECTOR):
+            part = slice(filled + sector, filled + min(length, sector + SECTOR))
+            if left[part] != right[part]:
                 return start + sector
-        raise AssertionError("buffers differ and do not")
+        filled += length
+    raise InternalError("buffers differ, but no sector of them does", hint="please report this")
 
 
-def _read(disk: Disk, buffer: bytearray, start: int) -> None:
+def _read(disk: Disk, view: memoryview, start: int) -> None:
     """Fill a buffer; what lies behind the end of the disk (inside its last sector) is zeros."""
-    inside = min(len(buffer), disk.size - start)
-    if inside == len(buffer):
-        drive(disk.door.read_into(buffer, start))
-        return
-    with memoryview(buffer) as view:
+    inside = min(len(view), max(0, disk.size - start))
+    if inside:
         drive(disk.door.read_into(view[:inside], start))
-        view[inside:] = bytes(len(buffer) - inside)
+    if inside < len(view):
+        view[inside:] = bytes(len(view) - inside)
 
 
 def _run(one: Disk, other: Disk, end: int, progress: Progress | None, workers: int) -> int:

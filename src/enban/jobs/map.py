@@ -123,7 +123,8 @@ def walk(top: Node, offset: int, end: int) -> Iterator[Run]:
                 inner = min(start + length, layers[depth + 1].size)
                 todo.append((layer, start + length, stop, known))
                 if inner < start + length:
-                    rest = iter([(inner, start + length - inner, UNALLOCATED, -1)])
+                    kept = host + inner - start if host >= 0 else -1
+                    rest = iter([(inner, start + length - inner, UNALLOCATED, kept)])
                     todo.append((layer, inner, start + length, rest))
                 todo.append((layers[depth + 1], start, inner, None))
                 break

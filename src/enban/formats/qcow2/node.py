@@ -372,7 +372,7 @@ class Qcow2Node(Node):
         if clean:  # what reads as zeros takes the place of what read as zeros
             return Piece(offset, length, self.data, link.host + inside, fill=False, token=link)
         start = offset - inside
-        length = min(self.cluster_size, self.size - start)
+        length = self.cluster_size
         return Piece(start, length, self.data, link.host, fill=True, token=link)
 
     async def _make_room(self) -> None:
@@ -436,7 +436,8 @@ class Qcow2Node(Node):
         link: Link,
     ) -> None:
         table.pins += 1
-        length = min(length, self.size - guest)
+        if self.external:
+            length = min(length, self.size - guest)  # a data file ends where the disk ends
         pieces.append(Piece(guest, length, self.data, host, fill=True, clean=clean, token=link))
 
     async def _new_clusters(self, guest: GuestOffset, count: int) -> tuple[HostOffset, int, bool]:
@@ -497,7 +498,7 @@ class Qcow2Node(Node):
             while first + count < end and bitmap >> first + count & 1 == data:
                 count += 1
             place = first << self.grain_bits
-            length = min(count << self.grain_bits, self.size - guest - place)
+            length = count << self.grain_bits
             if data:
                 pieces.append(Piece(guest + place, length, self.data, host + place, fill=False))
             else:

@@ -307,13 +307,16 @@ class Refcounts:
         count = 1
         if want > 1:
             limit = min(want, self.per_block - place)
+            if self.file.fixed_size:
+                limit = min(limit, (self.file.size() >> self.cluster_bits) - cluster)
             while count < limit and not counts[place + count]:
                 count += 1
         clean = self._claim(block, cluster, count)
         self.hint = cluster + count
         return cluster, count, clean
 
-    def _claim(self, block: Block, cluster: Cluster, count: int) -> bool:
+    def _vet(self, cluster: Cluster, count: int) -> None:
+        """Refuse space that is not there, or that is free only because a count was lost."""
         end = cluster + count
         if self.file.fixed_size and end << self.cluster_bits > self.file.size():
             raise NoSpaceError("cannot allocate: the device is full", path=self.name, errno=28)
@@ -326,6 +329,10 @@ class Refcounts:
                         offset=position << self.cluster_bits,
                         hint="run: enban check -r all",
                     )
+
+    def _claim(self, block: Block, cluster: Cluster, count: int) -> bool:
+        end = cluster + count
+        self._vet(cluster, count)
         self._set(block, cluster % self.per_block, count, 1)
         clean = cluster >= self.end and not self.file.fixed_size
         self.end = max(self.end, end)
@@ -349,14 +356,17 @@ class Refcounts:
             cluster, _, _ = await self.allocate(1)
             self.metadata.add(cluster << self.cluster_bits)
             return cluster << self.cluster_bits
-        while True:
-            start = self.end
-            last = (start + count - 1) // self.per_block
-            missing = [i for i in range(start // self.per_block, last + 1) if await self.block(i) is None]
-            if not missing:
-                break
-            for index in missing:
-                await self._add_block(index, max(self.end, index * self.per_block))
+        start = position = self.end
+        while position < start + count:
+            block = await self.block(position // self.per_block)
+            if block is None:
+                await self._add_block(position // self.per_block, position)
+                start = position = self.end
+                continue
+            if block.counts[position % self.per_block]:  # leaked past the end of the file by a crash
+                start = position + 1
+            position += 1
+        self._vet(start, count)
         for position in range(start, start + count):
             block = await self.block(position // self.per_block)
             assert block is not None
@@ -379,8 +389,7 @@ class Refcounts:
             if index < len(self.table) and self.table[index]:
                 return  # growing needed the same block
         offset = cluster << self.cluster_bits
-        if self.file.fixed_size and offset + self.cluster_size > self.file.size():
-            raise NoSpaceError("cannot allocate: the device is full", path=self.name, errno=28)
+        self._vet(cluster, 1)
         content = bytes(self.cluster_size)
         await self.file.write(content, offset)
         block = Block(offset, self._counts(content), fresh=True)

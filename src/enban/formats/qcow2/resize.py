@@ -69,13 +69,14 @@ async def _grow(node: Qcow2Node, old: int, size: int, preallocation: str) -> Non
 async def _shrink(node: Qcow2Node, old: int, size: int) -> None:
     await node.flush()
     await _set_size(node, size)
-    first = align_up(size, node.cluster_size)
-    if first < old:
-        node.size = old  # discard looks at ranges inside the disk
-        try:
-            await mover.discard(node, first, old - first)
-        finally:
-            node.size = size
+    first = min(align_up(size, node.cluster_size), old)
+    node.size = old  # the mover looks at ranges inside the disk
+    try:
+        # The rest of the last cluster would come to light again in a program that does not clear it.
+        await mover.write_zeroes(node, size, first - size)
+        await mover.discard(node, first, old - first)
+    finally:
+        node.size = size
     await node.flush()
     async with node.mutex:
         await node.release_quarantine()
