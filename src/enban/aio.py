@@ -260,12 +260,6 @@ class _Stop:
         self._report = report
         self.wanted = False
 
-    def update(self, done: int, total: int) -> None:
-        if self.wanted:
-            raise CancelledError("the job was cancelled")
-        if self._report is not None:
-            self._report.update(done, total)
-
     def __call__(self, done: int, total: int) -> None:
         if self.wanted:
             raise CancelledError("the job was cancelled")

@@ -128,7 +128,6 @@ async def write(node: Node, buffer: memoryview, offset: GuestOffset) -> None:
     if host >= 0:
         await node.data.write(buffer, host)
         return
-    await node.vet(buffer, offset)
     if length <= node.unit and node.runtime.blocking and write_now(node, buffer, offset):
         return
     position = 0
@@ -137,7 +136,9 @@ async def write(node: Node, buffer: memoryview, offset: GuestOffset) -> None:
         n = min(length - position, STRIDE - start % STRIDE)
         held = await lock_units(node, start, n)
         try:
-            await node.runtime.finish(_write_locked(node, buffer[position : position + n], start))
+            part = buffer[position : position + n]
+            await node.vet(part, start)
+            await node.runtime.finish(_write_locked(node, part, start))
         finally:
             node.ranges.release(held)
         position += n
@@ -207,9 +208,9 @@ async def plan_write(node: Node, buffer: memoryview, offset: GuestOffset) -> Pla
     given out in the order of these calls, so a job that calls them in guest order gets an image
     laid out in guest order whoever moves the bytes. `run_plan` must follow, once; a task that may
     be cancelled in between calls `write` instead."""
-    await node.vet(buffer, offset)
     held = await lock_units(node, offset, len(buffer))
     try:
+        await node.vet(buffer, offset)
         pieces = await node.reserve(offset, len(buffer))
     except BaseException:
         node.ranges.release(held)

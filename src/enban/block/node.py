@@ -141,7 +141,8 @@ class Node:
         return None
 
     async def vet(self, buffer: bytes | bytearray | memoryview, offset: GuestOffset) -> None:
-        """Refuse content that must not be written here. Called before every write off the hot path."""
+        """Refuse content that must not be written here. Called before every write off the hot path,
+        with the units of the range locked."""
 
     async def reserve(self, offset: GuestOffset, length: int) -> list[Piece]:
         """Space for a write. The pieces are in guest order, cover the range, and may reach past

@@ -118,6 +118,7 @@ def _catch_signals() -> None:
         return
 
     def terminated(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once is enough: the clean-up must not be disturbed
         raise Terminated
 
     for name in ("SIGTERM", "SIGHUP"):

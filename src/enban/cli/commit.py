@@ -21,7 +21,7 @@ def run(arguments: Arguments) -> int:
             keep=arguments.on("-d"),
             cache=arguments.text("-t", "writeback"),
             gate=common.gate(arguments),
-            progress=progress,
+            progress=progress.update,
         )
     except BaseException:
         progress.abort()

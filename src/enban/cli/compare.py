@@ -28,7 +28,7 @@ def run(arguments: Arguments) -> int:
         common.open_disk(arguments, second, format=arguments.text("-F"), cache=cache) as other,
     ):
         try:
-            result = compare(one, other, strict=arguments.on("-s"), progress=progress)
+            result = compare(one, other, strict=arguments.on("-s"), progress=progress.update)
         except EnbanError as error:
             progress.abort()
             common.complain(str(error))

@@ -49,7 +49,7 @@ def run(arguments: Arguments) -> int:
             force_share=arguments.on("-U"),
             verify=arguments.on("--verify"),
             resume=arguments.on("--resume"),
-            progress=progress,
+            progress=progress.update,
         )
     except BaseException:
         progress.abort()

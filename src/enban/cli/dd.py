@@ -33,7 +33,7 @@ def run(arguments: Arguments) -> int:
                 count=parse_size(words["count"]) if "count" in words else None,
                 skip=parse_size(words.get("skip", "0")),
                 gate=common.gate(arguments),
-                progress=progress,
+                progress=progress.update,
             )
     except BaseException:
         progress.abort()

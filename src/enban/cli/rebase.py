@@ -27,7 +27,7 @@ def run(arguments: Arguments) -> int:
             unsafe=arguments.on("-u"),
             cache=arguments.text("-t", "writeback"),
             gate=common.gate(arguments),
-            progress=progress,
+            progress=progress.update,
         )
     except BaseException:
         progress.abort()

@@ -51,6 +51,8 @@ class RawNode(Node):
         self.sliced = length is not None or offset > 0
         self.size = room if length is None else length
         self._probe = probe
+        if probe is not None:
+            self.unit = SECTOR  # writes to the first sector are judged one after the other
 
     def locate(self, offset: GuestOffset, length: int) -> HostOffset:
         return self.base + offset
@@ -79,11 +81,13 @@ class RawNode(Node):
         return [Piece(offset, length, self.file, self.base + offset, fill=False)]
 
     async def zero(self, offset: GuestOffset, length: int, *, unmap: bool) -> bool:
+        await self.vet(bytes(min(length, SECTOR)), offset)
         await self.file.write_zeroes(self.base + offset, length, unmap=unmap)
         return True
 
     async def discard(self, offset: GuestOffset, length: int) -> None:
         # Zeros are what a hole reads as; saying so keeps the promise on storages without holes too.
+        await self.vet(bytes(min(length, SECTOR)), offset)
         await self.file.write_zeroes(self.base + offset, length, unmap=True)
 
     async def holes(self) -> bool:

@@ -15,12 +15,12 @@ from ..formats.qcow2.findings import CheckResult, Finding
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
     from typing import Any
 
     from ..block.gate import Gate
     from ..block.node import Node
     from ..block.runtime import Runtime
+    from .progress import Report
 
 __all__ = ["CheckResult", "Finding", "check", "run_check"]
 
@@ -31,7 +31,7 @@ def check(
     path: str | os.PathLike[str] | dict[str, Any],
     repair: str | None = None,
     format: str = "",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
     *,
     force_share: bool = False,
     cache: str = "writeback",
@@ -75,7 +75,7 @@ async def run_check(
     *,
     repair: str | None = None,
     format: str = "",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
     lock: bool = True,
     cache: str = "writeback",
     gate: Gate = SIBLINGS,
@@ -105,9 +105,7 @@ async def run_check(
         await node.close()
 
 
-async def _check_qcow(
-    node: Node, repair: str | None, progress: Callable[[int, int], None] | None
-) -> CheckResult:
+async def _check_qcow(node: Node, repair: str | None, progress: Report | None) -> CheckResult:
     from ..formats.qcow.check import check_image
     from ..formats.qcow.node import QcowNode
 

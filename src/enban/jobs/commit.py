@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from enban.block.gate import Gate
     from enban.block.node import Node
-    from enban.jobs.progress import Progress
+    from enban.jobs.progress import Report
 
 
 def commit(
@@ -40,7 +40,7 @@ def commit(
     keep: bool = False,
     cache: str = "writeback",
     gate: Gate = TRUSTED,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> int:
     """Commit an image into its backing file, or into `base` further down its chain.
 
@@ -108,7 +108,7 @@ def _node_at(node: Node, depth: int) -> Node:
     return node
 
 
-def _copy_down(disk: Disk, below: Disk, depth: int, progress: Progress | None) -> int:
+def _copy_down(disk: Disk, below: Disk, depth: int, progress: Report | None) -> int:
     """Write to the base what the layers above it have; the number of bytes."""
     if below.size < disk.size:
         below.resize(disk.size)
@@ -123,8 +123,8 @@ def _copy_down(disk: Disk, below: Disk, depth: int, progress: Progress | None) -
                     for place, n in pieces(start, length):
                         copy_piece(disk, place, below, place, buffer[:n], sparse=False)
                         if progress is not None:
-                            progress.update(place + n, disk.size)
+                            progress(place + n, disk.size)
                 written += length
             if progress is not None:
-                progress.update(start + length, disk.size)
+                progress(start + length, disk.size)
     return written

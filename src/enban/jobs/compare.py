@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from enban.block.disk import Disk
-    from enban.jobs.map import Run
-    from enban.jobs.progress import Progress
+    from enban.jobs.progress import Report
 
 PIECE = 512 << 10  # small enough for buffers to stay in the cache of a core
 WORKERS = 2
@@ -65,7 +64,7 @@ class Comparison:
 
 
 def compare(
-    one: Disk, other: Disk, *, strict: bool = False, progress: Progress | None = None, workers: int = WORKERS
+    one: Disk, other: Disk, *, strict: bool = False, progress: Report | None = None, workers: int = WORKERS
 ) -> Comparison:
     """Compare two open disks byte for byte; bytes beyond the end of one count as zeros.
 
@@ -119,7 +118,7 @@ def _batches(one: Disk, other: Disk, end: int) -> Iterator[list[tuple[int, int]]
 class _Work:
     """What the threads of one comparison share."""
 
-    def __init__(self, one: Disk, other: Disk, end: int, progress: Progress | None) -> None:
+    def __init__(self, one: Disk, other: Disk, end: int, progress: Report | None) -> None:
         from threading import Lock
 
         self.one = one
@@ -152,7 +151,7 @@ class _Work:
                         with self.guard:
                             self.first = place if self.first < 0 else min(self.first, place)
                     if self.progress is not None:
-                        self.progress.update(sum(batch[-1]), self.end)
+                        self.progress(sum(batch[-1]), self.end)
         except BaseException as error:
             with self.guard:
                 self.error = self.error or error
@@ -179,7 +178,7 @@ def _read(disk: Disk, view: memoryview, start: int) -> None:
         view[inside:] = bytes(len(view) - inside)
 
 
-def _run(one: Disk, other: Disk, end: int, progress: Progress | None, workers: int) -> int:
+def _run(one: Disk, other: Disk, end: int, progress: Report | None, workers: int) -> int:
     """The first offset below `end` whose sector differs; -1 if there is none."""
     work = _Work(one, other, end, progress)
     if workers > 1 and end > 4 * PIECE:
@@ -202,5 +201,5 @@ def _run(one: Disk, other: Disk, end: int, progress: Progress | None, workers: i
     if work.error is not None:
         raise work.error
     if progress is not None and work.first < 0:
-        progress.update(end, end)
+        progress(end, end)
     return work.first

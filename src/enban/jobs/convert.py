@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..block.gate import Gate
+    from ..block.mover import PlannedWrite
+    from ..block.requests import Request
     from ..extent import Extent
-    from .progress import Progress
+    from .progress import Report
 
     Reference = str | dict[str, Any]
 
@@ -172,7 +174,7 @@ class _Copier:
         out_of_order: bool,
         offload: bool,
         start: int,
-        progress: Progress | None,
+        progress: Report | None,
         result: ConvertResult,
     ) -> None:
         self.sources = sources
@@ -223,7 +225,7 @@ class _Copier:
             del self._running[piece.number]
             completed = self._completed()
         if self.progress is not None:
-            self.progress.update(completed, self.size)
+            self.progress(completed, self.size)
 
     def completed(self) -> int:
         """Everything before this guest offset is in the target."""
@@ -317,7 +319,7 @@ class _Copier:
                 writes.extend((first + a, first + b) for a, b in find_data(view[first:last], self.grain))
         door = self.target.door
         self._wait_turn(piece)
-        plans = []
+        plans: list[tuple[PlannedWrite, Request]] = []
         try:
             self._zero_between(piece, writes)
             unit, planned_to = self.target.node.unit, -1
@@ -454,7 +456,7 @@ def convert(
     force_share: bool = False,
     verify: bool = False,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> ConvertResult:
     """Copy `sources` (one after the other) to `target`.
 
@@ -538,7 +540,7 @@ class _Run:
     cache = "writeback"
     gate = TRUSTED
     verify = False
-    progress: Progress | None = None
+    progress: Report | None = None
 
     def __init__(self, sources: Sources, target: str, format: str, options: dict[str, str]) -> None:
         self.sources = sources
@@ -669,5 +671,5 @@ class _Run:
 
     def _finished(self, copier: _Copier) -> ConvertResult:
         if self.progress is not None:
-            self.progress.update(copier.size, copier.size)
+            self.progress(copier.size, copier.size)
         return copier.result

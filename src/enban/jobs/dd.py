@@ -17,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from enban.block.disk import Disk
     from enban.block.gate import Gate
-    from enban.jobs.progress import Progress
+    from enban.jobs.progress import Report
 
 LARGEST_BLOCK = (1 << 31) - 1
 
@@ -41,7 +41,7 @@ def dd(
     count: int | None = None,
     skip: int = 0,
     gate: Gate = TRUSTED,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> DdResult:
     """Copy `count` blocks (None: all) from block `skip` on to a new image. Zeros take no space there.
 
@@ -60,10 +60,10 @@ def dd(
                     for piece, length in pieces(place, n):
                         copy_piece(source, piece, made.disk, piece - start, buffer[:length], sparse=sparse)
                         if progress is not None:
-                            progress.update(piece + length - start, end - start)
+                            progress(piece + length - start, end - start)
                 elif not sparse:
                     made.disk.write_zeroes(place - start, n)
         made.commit()
     if progress is not None:
-        progress.update(end - start, end - start)
+        progress(end - start, end - start)
     return DdResult(end - start, beyond=skip * block_size > size)

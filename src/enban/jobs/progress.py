@@ -15,7 +15,12 @@ from enban.units import format_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import TextIO
+
+    # How every job reports: bytes (or units of work) done, and in all, 0 if that is not known. May be
+    # called from several threads; an exception it raises cancels the job, which cleans up.
+    Report = Callable[[int, int], None]
 
 AUTO, PLAIN, SILENT = "auto", "plain", "silent"
 _REDRAW_S = 0.1
@@ -43,7 +48,8 @@ class Progress:
         except (AttributeError, ValueError):
             terminal = False
         self._terminal = terminal and mode != SILENT
-        self._active = self._terminal or mode == PLAIN
+        self._plain = mode == PLAIN
+        self._active = self._terminal or self._plain
         self._interval = _REDRAW_S if self._terminal else _LINE_S
         self._guard = _thread.allocate_lock()
         self._started = monotonic()
@@ -53,6 +59,7 @@ class Progress:
         # and what a resumed job found done already is not in it.
         self._points: list[tuple[float, int]] = []
         self._width = 0
+        self._first = (self._started, 0)
         self._last = (0, 0)
 
     def update(self, done: int, total: int) -> None:
@@ -61,8 +68,10 @@ class Progress:
             return
         now = monotonic()
         if not self._points:
-            self._points.append((now, done))
-        if now < self._next or not self._guard.acquire(False):
+            self._first = (now, done)
+            self._points.append(self._first)
+        self._last = (max(done, self._last[0]), total)
+        if now < self._next or (total and done >= total) or not self._guard.acquire(False):
             return
         try:
             self._next = now + self._interval
@@ -72,9 +81,10 @@ class Progress:
 
     def finish(self) -> None:
         """The job is done: show all of it and end the line."""
-        if self._active and self._drawn:
+        if self._active and (self._drawn or (self._plain and self._points)):
             with self._guard:
                 total = self._last[1] or self._last[0]
+                self._points = [self._first]  # the rate of the whole job
                 self._draw(monotonic(), total, total)
                 self._end_line()
 
@@ -91,7 +101,6 @@ class Progress:
 
     def _draw(self, now: float, done: int, total: int) -> None:
         done = max(done, self._last[0])
-        self._last = (done, total)
         self._drawn = True
         self._points.append((now, done))
         while len(self._points) > 2 and now - self._points[1][0] > _RATE_WINDOW_S:

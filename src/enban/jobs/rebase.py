@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from enban.block.gate import Gate
     from enban.block.node import Node
-    from enban.jobs.progress import Progress
+    from enban.jobs.progress import Report
 
 
 def rebase(
@@ -43,7 +43,7 @@ def rebase(
     unsafe: bool = False,
     cache: str = "writeback",
     gate: Gate = TRUSTED,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> int:
     """Make `backing` the backing file of an image; "" makes the image stand alone.
 
@@ -73,9 +73,7 @@ def rebase(
             return _switch(disk, new, backing, backing_format, progress)
 
 
-def _switch(
-    disk: Disk, new: Disk | None, backing: str, backing_format: str, progress: Progress | None
-) -> int:
+def _switch(disk: Disk, new: Disk | None, backing: str, backing_format: str, progress: Report | None) -> int:
     copied = _copy_differences(disk, new, progress)
     disk.flush()
     drive(disk.node.set_backing(backing, backing_format))
@@ -88,16 +86,16 @@ def _identities(node: Node | None) -> Iterator[Hashable]:
         node = node.backing
 
 
-def _copy_differences(disk: Disk, new: Disk | None, progress: Progress | None) -> int:
+def _copy_differences(disk: Disk, new: Disk | None, progress: Report | None) -> int:
     """Write into the image what it would lose; the number of bytes."""
     copier = _Copier(disk, new)
     for start, length in _units(_doubtful(disk, new), copier.unit, disk.size):
         for place, n in pieces(start, length):
             copier.copy(place, n)
         if progress is not None:
-            progress.update(start + length, disk.size)
+            progress(start + length, disk.size)
     if progress is not None:
-        progress.update(disk.size, disk.size)
+        progress(disk.size, disk.size)
     return copier.copied
 
 

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from ..block.disk import Disk
     from ..block.gate import Gate
     from .convert import Sources
-    from .progress import Progress
+    from .progress import Report
 
 
-def write_stdout(sources: Sources, format: str, progress: Progress | None) -> ConvertResult:
+def write_stdout(sources: Sources, format: str, progress: Report | None) -> ConvertResult:
     """Write a whole disk to standard output as raw. Raises HostError if the reader goes away."""
     if format != "raw":
         raise UsageError(f"format {format} cannot be written to a pipe", hint="use -O raw, or name a file")
@@ -42,7 +42,7 @@ def write_stdout(sources: Sources, format: str, progress: Progress | None) -> Co
             out.write(buffer[:length])
             position += length
             if progress is not None:
-                progress.update(position, sources.size)
+                progress(position, sources.size)
         out.flush()
     except OSError as error:
         if isinstance(error, HostError):
@@ -60,7 +60,7 @@ def convert_stdin(
     cache: str,
     gate: Gate,
     compress: bool,
-    progress: Progress | None,
+    progress: Report | None,
 ) -> ConvertResult:
     """Read a raw disk from standard input to its end. Its length is rounded up to 512 bytes."""
     if target == "-":
@@ -80,7 +80,7 @@ def convert_stdin(
             result.bytes_written += _store(disk, buffer[: align_up(n, 512)], total, compress)
             total += n
             if progress is not None:
-                progress.update(total, 0)
+                progress(total, 0)
         disk.resize(align_up(total, 512))
         made.commit()
     result.size = result.bytes_read = total

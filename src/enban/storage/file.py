@@ -122,6 +122,8 @@ class FileStorage(Storage):
             else:
                 host.write_all(self._fd, view, offset)
         except OSError as error:
+            if end > self._size:
+                self._grown(host.facts(self._fd)[0])  # a part of it may have arrived
             raise from_oserror(error, "write", self.name, offset) from error
         if end > self._size:
             self._grown(end)

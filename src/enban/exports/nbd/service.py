@@ -107,7 +107,7 @@ def serve(
         if len(name.encode("utf-8", "surrogateescape")) > MAX_STRING:
             raise UsageError(f"an export's name may have {MAX_STRING} bytes", hint="give a shorter one")
         if names.count(name) > 1:
-            raise UsageError(f"two exports have the name '{name}'", hint="name them: NAME=FILE")
+            raise UsageError(f"two exports have the name '{name}'", hint="name them with -x, in order")
     with contextlib.ExitStack() as stack:
         # Until the last disk is closed a signal must not end the process: that would lose what was answered.
         handlers = _keep_signal_handlers(stack)
