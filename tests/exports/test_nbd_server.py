@@ -373,6 +373,18 @@ def test_a_client_that_takes_no_replies_holds_up_nobody_else(tmp_path: Path) -> 
         slow.socket.close()
 
 
+def test_a_half_closed_connection_still_gets_its_answers(tmp_path: Path) -> None:
+    door = open_disk(make_qcow2(tmp_path / "d.qcow2", MIB))
+    with serving(door, folder=tmp_path) as running, running.peer() as peer:
+        waiting = [peer.send(c.CMD_WRITE, n * 4096, 0, 0, b"x" * 4096) for n in range(16)]
+        waiting.append(peer.send(c.CMD_FLUSH))
+        peer.socket.shutdown(socket.SHUT_WR)
+        for transaction in waiting:
+            assert peer.collect(transaction).error == 0
+        assert peer.socket.recv(1) == b""
+        wait_until(lambda: running.server.clients == 0)
+
+
 def test_clients_over_the_limit_wait_until_one_leaves(tmp_path: Path) -> None:
     door = open_disk(make_qcow2(tmp_path / "d.qcow2", MIB))
     with serving(door, folder=tmp_path, shared=1) as running:

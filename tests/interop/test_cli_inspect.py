@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.command import enban
-from tests.cli.zoo import ZOO
+from tests.cli.zoo import ZOO, scattered_qcow2
 from tests.support import needs_qemu_img, needs_qemu_io, qemu_img
 
 pytestmark = pytest.mark.interop
@@ -194,3 +194,40 @@ def test_image_opts_and_json_names(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) ->
     )
     name = json.dumps({"driver": "qcow2", "file": {"driver": "file", "filename": path.name}})
     assert enban("map", "--output=json", f"json:{name}").out == qemu_img("map", "--output=json", path.name)
+
+
+@needs_qemu_img
+@needs_qemu_io
+@pytest.mark.parametrize(("damage", "code"), [("leak", 3), ("lost", 2), ("both", 2)])
+def test_check_and_repair_of_damage(tmp_path: Path, damage: str, code: int) -> None:
+    """What is found and repaired is counted as QEMU counts it, and both leave a clean image."""
+    ours, theirs = scattered_qcow2(tmp_path / "ours.qcow2"), tmp_path / "theirs.qcow2"
+    image = bytearray(ours.read_bytes())
+    block = int.from_bytes(image[65536 : 65536 + 8], "big")
+    l1 = int.from_bytes(image[40:48], "big")
+    l2 = int.from_bytes(image[l1 : l1 + 8], "big") & 0x00FF_FFFF_FFFF_FE00
+    data = next(
+        offset
+        for i in range(20)
+        if (offset := int.from_bytes(image[l2 + 8 * i : l2 + 8 * i + 8], "big") & 0x00FF_FFFF_FFFF_FE00)
+    )
+    if damage != "lost":  # a cluster that is counted and that nobody uses
+        place = block + 2 * (len(image) >> 16)
+        image += bytes(65536)
+        image[place : place + 2] = b"\0\1"
+    if damage != "leak":  # a cluster in use that is not counted
+        image[block + 2 * (data >> 16) : block + 2 * (data >> 16) + 2] = b"\0\0"
+    ours.write_bytes(image)
+    theirs.write_bytes(image)
+    got, out = peer("check", theirs)
+    assert got == code
+    assert enban("check", ours, code=code).out == out
+    report = json.loads(peer("check", "--output=json", theirs)[1])
+    assert {**json.loads(enban("check", "--output=json", ours, code=code).out), "filename": ""} == {
+        **report,
+        "filename": "",
+    }
+    got, out = peer("check", "-r", "all", theirs)
+    assert enban("check", "-r", "all", ours, code=got).out.splitlines()[:5] == out.splitlines()[:5]
+    assert peer("check", ours)[0] == 0
+    qemu_img("compare", ours, theirs)

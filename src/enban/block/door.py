@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from ..errors import ClosedError, CorruptImageError, OutOfRangeError, ReadOnlyError, UsageError
 from . import mover, requests
+from .locks import Mutex
 from .requests import Ledger
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
     from typing import Any, TypeVar
 
     from ..extent import Extent
@@ -33,7 +34,7 @@ class Door:
     writethrough: every write is flushed before it is done.
     """
 
-    __slots__ = ("closed", "ledger", "node", "runtime", "writable", "writethrough")
+    __slots__ = ("closed", "ledger", "node", "paused", "resizing", "runtime", "writable", "writethrough")
 
     def __init__(self, node: Node, *, writable: bool, writethrough: bool = False) -> None:
         self.node = node
@@ -41,6 +42,8 @@ class Door:
         self.writable = writable
         self.writethrough = writethrough
         self.closed = False
+        self.resizing = Mutex(node.runtime)  # held while the size or all tables change
+        self.paused = False  # requests that come now wait for `resizing`
         self.ledger = node.ledger = Ledger(node.runtime)
 
     def check(self, offset: int, length: int) -> None:
@@ -58,6 +61,8 @@ class Door:
 
     async def _run(self, operation: str, offset: int, length: int, work: Coroutine[Any, Any, T]) -> T:
         request = self.ledger.begin(operation, offset, length)
+        if self.paused and operation != requests.RESIZE:
+            request = await self._wait_for_size(request, work)
         request.state = requests.IN_FLIGHT
         try:
             result = await work
@@ -70,6 +75,20 @@ class Door:
             raise
         self.ledger.end(request)
         return result
+
+    async def _wait_for_size(self, request: Request, work: Coroutine[Any, Any, Any]) -> Request:
+        """The size is being changed: begin again when that is over, if the range is still there."""
+        try:
+            while self.paused:
+                self.ledger.withdraw(request)
+                async with self.resizing:
+                    pass
+                self.check(request.offset, request.length)
+                request = self.ledger.begin(request.operation, request.offset, request.length)
+        except BaseException:
+            work.close()
+            raise
+        return request
 
     async def read_into(self, buffer: WriteBuffer, offset: int) -> None:
         """Fill `buffer` (bytes) from the guest offset `offset`."""
@@ -116,7 +135,8 @@ class Door:
         if not self.node.codec or offset % self.node.cluster_size:
             raise UsageError("not a place for a compressed cluster", path=self.node.name, offset=offset)
         work = mover.write_packed(self.node, packed, offset)
-        await self._run(requests.WRITE, offset, len(packed), self._durable(work, False))
+        length = min(self.node.cluster_size, self.node.size - offset)
+        await self._run(requests.WRITE, offset, length, self._durable(work, False))
 
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool = True, fua: bool = False) -> None:
         self._check_write(offset, length)
@@ -147,13 +167,26 @@ class Door:
         return await mover.resolve(self.node, offset, length)
 
     async def resize(self, size: int, *, preallocation: str = "off") -> None:
-        """Change the virtual size, in bytes, with nothing else in flight."""
+        """Change the virtual size, in bytes. Requests in flight end first; those that come meanwhile wait."""
         self._check_write(0, 0)
         if size < 0:
             raise UsageError(f"size {size} is negative", path=self.node.name)
-        await self.ledger.drain()
-        work = self.node.resize(size, preallocation=preallocation)
-        await self._run(requests.RESIZE, 0, size, self.runtime.finish(work))
+
+        def start() -> Coroutine[Any, Any, None]:
+            work = self.node.resize(size, preallocation=preallocation)
+            return self._run(requests.RESIZE, 0, size, self.runtime.finish(work))
+
+        await self._with_nothing_in_flight(start)
+
+    async def _with_nothing_in_flight(self, start: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        async with self.resizing:
+            self.paused = True
+            try:
+                await self.ledger.rest()
+                self._check_write(0, 0)
+                await start()
+            finally:
+                self.paused = False
 
     async def create_snapshot(self, name: str, *, snapshot_id: str = "") -> SnapshotEntry:
         """Keep the present state as an internal snapshot, while I/O goes on: writes that were done before
@@ -166,18 +199,20 @@ class Door:
         entry = SnapshotEntry()
         entry.name, entry.id = name, snapshot_id
         entry.date_s, entry.date_ns = divmod(time_ns(), 10**9)
-        await self._alone(self.node.create_snapshot(entry))
+        async with self.resizing:
+            await self._alone(self.node.create_snapshot(entry))
         return entry
 
     async def apply_snapshot(self, name: str) -> None:
         """Go back to an internal snapshot, by id or name; the virtual size becomes that of then."""
         self._check_write(0, 0)
-        await self._alone(self.node.apply_snapshot(name))
+        await self._with_nothing_in_flight(lambda: self._alone(self.node.apply_snapshot(name)))
 
     async def delete_snapshot(self, name: str) -> None:
         """Remove an internal snapshot, by id or name."""
         self._check_write(0, 0)
-        await self._alone(self.node.delete_snapshot(name))
+        async with self.resizing:
+            await self._alone(self.node.delete_snapshot(name))
 
     async def _alone(self, work: Coroutine[Any, Any, None]) -> None:
         """Do work that changes all tables at once. Allocating writes wait for it; writes in place that

@@ -30,6 +30,8 @@ MAP = "map"
 RESIZE = "resize"
 BATCH = "batch"
 
+ALL = float("inf")  # as a number to wait for: whatever comes
+
 # Where a request is in its life.
 SUBMITTED = "submitted"
 WAITING = "waiting"
@@ -68,6 +70,7 @@ class Ledger:
 
     __slots__ = (
         "_active",
+        "_batches",
         "_drainers",
         "_guard",
         "_runtime",
@@ -82,7 +85,8 @@ class Ledger:
         self._runtime = runtime
         self._guard = _thread.allocate_lock()
         self._active: dict[int, Request] = {}  # by number, oldest first
-        self._drainers: list[tuple[int, Waiter]] = []
+        self._batches = 0
+        self._drainers: list[tuple[float, Waiter]] = []  # (newest number waited for, who waits)
         self.newest = 0
         self.started = 0
         self.done = 0
@@ -103,6 +107,7 @@ class Ledger:
         with self._guard:
             self.newest = number = self.newest + 1
             batch = self._active[number] = Request(number, BATCH, 0, 0)
+            self._batches += 1
         batch.state = IN_FLIGHT
         return batch
 
@@ -111,6 +116,7 @@ class Ledger:
         with self._guard:
             if self._active.pop(batch.number, None) is None:
                 raise InternalError(f"{batch!r} ended twice", hint="please report this")
+            self._batches -= 1
             self.started += done
             self.done += done
             batch.state = DONE
@@ -134,18 +140,28 @@ class Ledger:
             if self._drainers:
                 self._wake()
 
+    def withdraw(self, request: Request) -> None:
+        """The request has to wait before it begins; it was never here."""
+        with self._guard:
+            del self._active[request.number]
+            self.started -= 1
+            if self._drainers:
+                self._wake()
+
     def _wake(self) -> None:
-        oldest = self._oldest()
-        due = [entry for entry in self._drainers if entry[0] < oldest]
-        if due:
-            self._drainers = [entry for entry in self._drainers if entry[0] >= oldest]
-            for _, waiter in due:
-                waiter.set()
+        oldest, idle = self._oldest(), len(self._active) == self._batches
+        waiting = self._drainers
+        self._drainers = []
+        for entry in waiting:
+            if entry[0] < oldest or (idle and entry[0] == ALL):
+                entry[1].set()
+            else:
+                self._drainers.append(entry)
 
     def _oldest(self) -> int:
         for number in self._active:
             return number
-        return self.started + 1
+        return self.newest + 1
 
     @property
     def oldest(self) -> int:
@@ -167,6 +183,20 @@ class Ledger:
             waiter = self._runtime.waiter()
             entry = (self.newest, waiter)
             self._drainers.append(entry)
+        await self._wait(entry)
+
+    async def rest(self) -> None:
+        """Wait for a moment at which no request is in flight (batches apart)."""
+        with self._guard:
+            if len(self._active) == self._batches:
+                return
+            waiter = self._runtime.waiter()
+            entry = (ALL, waiter)
+            self._drainers.append(entry)
+        await self._wait(entry)
+
+    async def _wait(self, entry: tuple[float, Waiter]) -> None:
+        waiter = entry[1]
         try:
             await waiter.wait()
         finally:

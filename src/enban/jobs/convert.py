@@ -2,8 +2,8 @@
 
 The guest range is cut into pieces of a few MiB. Several threads each take the next piece,
 read it, and find what in it is not zero. Space in the target is handed out in the order of
-the pieces (unless `out_of_order`), so the same input gives the same image every time; the
-bytes themselves move in parallel. Nothing shows under the target's name before all of it is
+the pieces (unless `out_of_order`), so the same input gives the same image every time (but for
+compressed clusters: isal's packing may vary by a byte); the bytes themselves move in parallel. Nothing shows under the target's name before all of it is
 there: an interrupted convert leaves nothing, or with `resume` a partial file and a journal
 from which the same call goes on.
 

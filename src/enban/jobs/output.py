@@ -3,20 +3,24 @@
     make <path>.enban-partial -> fill it -> flush -> rename to <path> -> flush the directory
 
 While it is made, the file it will replace is kept locked, so neither a running guest nor
-another enban has it open when it goes. A partial file that a killed job left behind belongs
-to nobody: its lock is gone, and the next job for the same target replaces it or, when asked
-to resume, goes on with it.
+another enban has it open when it goes. The partial file is locked too, from its first moment
+until it has its name: an unlocked one was left behind by a job that was killed, and the next
+job for the same target replaces it or, when asked to resume, goes on with it.
+
+    whoever holds the lock of the file that stands under the partial name may remove or rename
+    it; after every locking is looked whether the file still stands there
 
 Block devices cannot be replaced by a rename and are written in place.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
 from enban.block.runtime import BLOCKING, drive
-from enban.errors import EnbanError, LockedError, UsageError, from_oserror
+from enban.errors import EnbanError, HostError, LockedError, UsageError, from_oserror
 from enban.storage import host
 from enban.storage.file import open_file
 
@@ -55,6 +59,7 @@ class Output:
         self.resumed = False
         self.in_place = False
         self._open = True
+        self._hold = -1  # keeps the lock when the storage is closed
         self._replaced: FileStorage | None = None
         self._status: os.stat_result | None = None
         try:
@@ -73,12 +78,22 @@ class Output:
                 raise UsageError(
                     "is not a regular file or block device, so no image can be made there", path=self.path
                 )
-            self._replaced = open_file(self.path, BLOCKING, writable=True)
+            self._replaced = self._lock_replaced()
         try:
             self.storage = self._make(cache, resume)
         except BaseException:
             self._unlock()
             raise
+
+    def _lock_replaced(self) -> FileStorage:
+        try:
+            return open_file(self.path, BLOCKING, writable=True)
+        except LockedError as error:
+            raise LockedError(
+                "is in use by another process or by this job itself, so it cannot be replaced",
+                path=self.path,
+                errno=error.errno or errno.EAGAIN,
+            ) from error
 
     def _make(self, cache: str, resume: bool) -> FileStorage:
         if os.path.lexists(self.temporary):
@@ -86,43 +101,78 @@ class Output:
             if resume:
                 self.resumed = True
                 return storage
-            drive(storage.close())
-            self._remove()
+            try:
+                self._remove()  # while we hold its lock
+            finally:
+                drive(storage.close())
+                self._let_go()
         try:
             storage = open_file(self.temporary, BLOCKING, writable=True, cache=cache, create=True)
+        except LockedError as error:
+            raise self._busy() from error
         except EnbanError as error:
-            if self._replaced is not None and getattr(error, "errno", 0) in (13, 1, 30):
+            number = getattr(error, "errno", 0)
+            if number == errno.EEXIST:
+                raise self._busy() from error
+            if self._replaced is not None and number in (errno.EACCES, errno.EPERM, errno.EROFS):
                 error.hint = "the image is made beside its final name, so the directory must be writable"
             raise
+        self._hold_lock(storage)
         try:
             self._dress()
         except OSError as error:
-            drive(storage.close())
             self._remove()
+            drive(storage.close())
             raise from_oserror(error, "set the owner and mode of", self.temporary) from error
         return storage
 
     def _take_over(self, cache: str) -> FileStorage:
         """Open the partial file of a job that is no more."""
-        if not stat.S_ISREG(os.lstat(self.temporary).st_mode):
+        try:
+            regular = stat.S_ISREG(os.lstat(self.temporary).st_mode)
+            if regular:
+                storage = open_file(self.temporary, BLOCKING, writable=True, cache=cache)
+        except (LockedError, FileNotFoundError) as error:
+            raise self._busy() from error
+        if not regular:
             raise UsageError(
                 "stands where a partial image would be made", path=self.temporary, hint="remove it"
             )
+        self._hold_lock(storage)
+        return storage
+
+    def _hold_lock(self, storage: FileStorage) -> None:
+        """Keep the lock of a storage until `_let_go`, if the file still has its name."""
+        self._hold = os.dup(storage.fileno())
+        if not self._has_name():
+            drive(storage.close())
+            self._let_go()
+            raise self._busy()
+
+    def _has_name(self) -> bool:
+        """Whether the file we hold is the one under the partial name."""
         try:
-            return open_file(self.temporary, BLOCKING, writable=True, cache=cache)
-        except LockedError as error:
-            raise LockedError(
-                "another process is making this image now",
-                path=self.path,
-                hint="wait for it or stop it",
-                errno=error.errno or 11,
-            ) from error
+            return os.path.samestat(os.fstat(self._hold), os.lstat(self.temporary))
+        except FileNotFoundError:
+            return False
+
+    def _busy(self) -> LockedError:
+        return LockedError(
+            "another process is making this image now",
+            path=self.path,
+            hint="wait for it or stop it",
+            errno=errno.EAGAIN,
+        )
 
     def commit(self) -> None:
         """Give the file its name. Its storage is closed and was flushed. Raises HostError."""
         if self.in_place:
             self._open = False
             return
+        if not host.HAVE_LOCKS:
+            self._unlock()  # there an open file could not be replaced, and nothing is locked anyway
+        elif not self._has_name():
+            raise HostError("the partial image was removed while it was made", path=self.temporary)
         try:
             os.replace(self.temporary, self.path)
             self._open = False
@@ -151,7 +201,7 @@ class Output:
         if self._open:
             self._open = False
             try:
-                if not self.in_place:
+                if not self.in_place and (self._hold < 0 or self._has_name()):
                     self._remove()
             finally:
                 self._unlock()
@@ -169,7 +219,13 @@ class Output:
         except OSError as error:
             raise from_oserror(error, "remove", self.temporary) from error
 
+    def _let_go(self) -> None:
+        hold, self._hold = self._hold, -1
+        if hold >= 0:
+            os.close(hold)
+
     def _unlock(self) -> None:
+        self._let_go()
         replaced, self._replaced = self._replaced, None
         if replaced is not None:
             drive(replaced.close())

@@ -167,7 +167,7 @@ class Qcow2Node(Node):
             return -1
         inside = offset & self.cluster_mask
         if inside + length > self.cluster_size:
-            return -1
+            return -1 if self.extended else self._place_run(entries, offset, inside + length)
         if self.extended:
             index = (offset >> self.cluster_bits & self.l2_mask) * 2
             entry = entries[index]
@@ -186,6 +186,27 @@ class Qcow2Node(Node):
         if host & self.cluster_mask or not entry & self.present_mask:
             return -1
         return host + inside
+
+    def _place_run(self, entries: array[int], offset: GuestOffset, length: int) -> HostOffset:
+        """The place of several clusters that follow one another on the host too, with equal flags;
+        `length` is from the start of the first."""
+        bits = self.cluster_bits
+        index = offset >> bits & self.l2_mask
+        end = index + (length + self.cluster_mask >> bits)
+        entry = expected = entries[index]
+        host = entry & OFFSET_MASK
+        if (
+            end > len(entries)
+            or entry & NOT_PLAIN
+            or host & self.cluster_mask
+            or not entry & self.present_mask
+        ):
+            return -1
+        for found in entries[index + 1 : end]:
+            expected += self.cluster_size
+            if found != expected:
+                return -1
+        return host + (offset & self.cluster_mask)
 
     def lookup(self, offset: GuestOffset, length: int) -> Extent | None:
         index = offset >> self.l2_shift

@@ -180,7 +180,7 @@ class _Repair:
         if not others:
             await self._flags(freeing=freeing)
         if freeing:
-            await self._change(6, "refcounts-lowered", _second)
+            await self._change(6, "refcounts-lowered", min)
         if everything and layout.incomplete_snapshots:
             await self._complete_snapshots()
 
@@ -405,6 +405,3 @@ class _Repair:
         await node.flush()
         self.done.add("snapshot-table-written", node.header.snapshots_offset, "wrote the snapshot table anew")
 
-
-def _second(_count: int, uses: int) -> int:
-    return uses
