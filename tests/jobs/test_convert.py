@@ -344,3 +344,20 @@ def test_memory_does_not_grow_with_the_image(tmp_path: Path, flags: list[str]) -
     words = ["convert", "-t", "unsafe", *flags, "-O", "qcow2", str(source), str(tmp_path / "big.qcow2")]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 96 << 10
+
+
+def test_sources_of_odd_length_begin_at_sectors(tmp_path: Path) -> None:
+    one, two = mixed(1000, seed=5), mixed(5000, seed=6)
+    (tmp_path / "1.raw").write_bytes(one)
+    (tmp_path / "2.raw").write_bytes(two)
+    convert([tmp_path / "1.raw", tmp_path / "2.raw"], tmp_path / "both.raw", source_format="raw")
+    assert (tmp_path / "both.raw").read_bytes() == one.ljust(1024, b"\0") + two.ljust(5120, b"\0")
+
+
+@pytest.mark.parametrize(
+    "more", [{"verify": True}, {"target_exists": True}, {"snapshot": "x"}, {"source_format": "qcow2"}]
+)
+def test_standard_input_refuses_what_it_cannot_do(tmp_path: Path, more: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="standard input does not go with"):
+        convert("-", tmp_path / "out.raw", **more)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []

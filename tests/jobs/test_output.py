@@ -6,6 +6,7 @@ import os
 import stat
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,8 @@ from enban.errors import HostError, LockedError, NoSpaceError, UsageError
 from enban.jobs.create import create, prepare_target
 from enban.jobs.output import SUFFIX, Output, partial_name
 from enban.storage import host
+from enban.storage.file import FileStorage
+from enban.storage.file import open_file as open_file_really
 from tests.support import MIB, make_qcow2, pattern
 
 
@@ -263,6 +266,68 @@ def test_many_at_once(tmp_path: Path) -> None:
     with enban.open(path) as disk:
         assert disk.size == MIB
     assert set(names(tmp_path)) <= {"disk.qcow2", "disk.qcow2" + SUFFIX}
+
+
+def test_a_partial_file_that_another_job_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another job may take a new partial file for an abandoned one, in the moment before it is locked."""
+    path = tmp_path / "disk.raw"
+    theirs = tmp_path / ("disk.raw" + SUFFIX)
+    real = open_file_really
+
+    def open_file(name: str, *arguments: Any, **options: Any) -> FileStorage:
+        storage = real(name, *arguments, **options)
+        if options.get("create"):
+            theirs.unlink()
+            theirs.write_bytes(b"theirs")
+        return storage
+
+    monkeypatch.setattr("enban.jobs.output.open_file", open_file)
+    with pytest.raises(LockedError, match="another process is making this image"):
+        create(str(path), "raw", size=MIB)
+    assert names(tmp_path) == [theirs.name]
+    assert theirs.read_bytes() == b"theirs"
+
+
+def test_locked_until_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the last flush and the rename nobody can take the file for an abandoned one."""
+    path = tmp_path / "disk.raw"
+    real = os.replace
+    refusals: list[str] = []
+
+    def replace(source: str, target: str) -> None:
+        monkeypatch.setattr(os, "replace", real)
+        with pytest.raises(LockedError) as caught:
+            create(str(path), "raw", size=2 * MIB)
+        refusals.append(str(caught.value))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    create(str(path), "raw", size=MIB)
+    assert len(refusals) == 1
+    assert path.stat().st_size == MIB
+
+
+def test_a_partial_file_removed_by_hand(tmp_path: Path) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"old")
+    with prepare_target(str(path), "raw", {}, size=MIB) as target:
+        os.unlink(target.temporary)
+        with pytest.raises(HostError, match="was removed"):
+            target.commit()
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["disk.raw"]
+
+
+def test_a_host_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "HAVE_LOCKS", False)
+    path = tmp_path / "disk.raw"
+    (tmp_path / ("disk.raw" + SUFFIX)).write_bytes(b"left behind")
+    create(str(path), "raw", size=MIB)
+    create(str(path), "raw", size=2 * MIB)
+    with pytest.raises(ZeroDivisionError), prepare_target(str(path), "raw", {}, size=MIB):
+        raise ZeroDivisionError
+    assert names(tmp_path) == ["disk.raw"]
+    assert path.stat().st_size == 2 * MIB
 
 
 def test_output_ends_once(tmp_path: Path) -> None:

@@ -29,13 +29,11 @@ class Gate:
                 path=image,
                 hint="trust the image explicitly if that is wanted",
             )
-        normal = os.path.normpath(reference)
-        if (
-            os.path.isabs(normal)
-            or normal.split(os.sep)[0] == os.pardir
-            or ":" in reference
-            or "\0" in reference
-            or os.path.islink(os.path.join(os.path.dirname(image), normal))
+        # The place a name leads to counts, with every symbolic link on the way followed.
+        home = os.path.realpath(os.path.dirname(image))
+        inside = ":" not in reference and "\0" not in reference and not os.path.isabs(reference)
+        if not inside or not os.path.realpath(os.path.join(home, reference)).startswith(
+            os.path.join(home, "")
         ):
             raise GateError(
                 f"the image names a {role} '{reference}' outside its own directory",

@@ -3,7 +3,8 @@
 The guest range is cut into pieces of a few MiB. Several threads each take the next piece,
 read it, and find what in it is not zero. Space in the target is handed out in the order of
 the pieces (unless `out_of_order`), so the same input gives the same image every time (but for
-compressed clusters: isal's packing may vary by a byte); the bytes themselves move in parallel. Nothing shows under the target's name before all of it is
+compressed clusters: isal's packing may vary by a byte); the bytes themselves move in parallel.
+Nothing shows under the target's name before all of it is
 there: an interrupted convert leaves nothing, or with `resume` a partial file and a journal
 from which the same call goes on.
 
@@ -27,7 +28,7 @@ from .create import prepare_target
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from ..block.gate import Gate
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from ..extent import Extent
     from .progress import Report
 
-    Reference = str | dict[str, Any]
+    Reference = str | os.PathLike[str] | dict[str, Any]
 
 PIECE = 2 << 20
 MAX_WORKERS = 16
@@ -72,6 +73,7 @@ class Sources:
         self.starts: list[int] = []
         self.size = 0
         for disk in disks:
+            self.size = align_up(self.size, 512)  # each begins at a sector, as in qemu-img
             self.starts.append(self.size)
             self.size += disk.size
 
@@ -85,8 +87,8 @@ class Sources:
         """(bytes from `offset` that are of one kind, READ, ZEROES or SKIP)."""
         disk, start = self.find(offset)
         inside = offset - start
-        if inside >= disk.size:
-            return length, ZEROES  # rounding beyond the last source
+        if inside >= disk.size:  # rounding behind a source
+            return min([length, *(later - offset for later in self.starts if later > offset)]), ZEROES
         extent = self.where(disk, inside, min(length, disk.size - inside))
         if self.top_only and extent.depth:
             return extent.length, SKIP
@@ -435,8 +437,8 @@ def run_workers(copier: _Copier, workers: int, checkpoint: Callable[[], None] | 
 
 
 def convert(
-    sources: list[Reference],
-    target: str,
+    sources: Reference | Sequence[Reference],
+    target: str | os.PathLike[str],
     *,
     source_format: str = "",
     target_format: str = "raw",
@@ -476,26 +478,41 @@ def convert(
 
     Raises UsageError, HostError, ImageError; the target is then as it was before.
     """
-    if resume and (target_exists or "-" in (target, *sources)):
+    target = os.fspath(target)
+    sources = [sources] if isinstance(sources, (str, dict, os.PathLike)) else list(sources)
+    references = [source if isinstance(source, dict) else os.fspath(source) for source in sources]
+    if resume and (target_exists or "-" in (target, *references)):
         raise UsageError("resume needs a source and a target that are files, and a target that is new")
     if verify and target == "-":
         raise UsageError("what went to standard output cannot be verified")
-    wanted = dict(options or {})
+    wanted = {name: str(value) for name, value in (options or {}).items()}
     if backing:
         wanted["backing_file"] = backing
         if backing_format:
             wanted["backing_fmt"] = backing_format
-    if sources == ["-"]:
+    if references == ["-"]:
         from .streams import convert_stdin
+
+        refused = {
+            "a source format other than raw": source_format not in ("", "raw"),
+            "a target that exists (-n)": target_exists,
+            "verify": verify,
+            "a snapshot (-l)": bool(snapshot),
+            "a backing file": bool(wanted.get("backing_file")),
+            "copying inside the host (-C)": offload,
+        }
+        for what, asked in refused.items():
+            if asked:
+                raise UsageError(f"standard input does not go with {what}", hint="store it in a file first")
 
         return convert_stdin(
             target, target_format, wanted, cache=target_cache, gate=gate, compress=compress, progress=progress
         )
-    if "-" in sources:
+    if "-" in references:
         raise UsageError("standard input can only be the one source")
     disks: list[Disk] = []
     try:
-        for reference in sources:
+        for reference in references:
             disks.append(
                 Disk(
                     drive(
@@ -523,7 +540,7 @@ def convert(
         run.verify, run.progress = verify, progress
         if target_exists:
             return run.into_existing()
-        return run.resumable(sources) if resume else run.new()
+        return run.resumable() if resume else run.new()
     finally:
         for disk in disks:
             disk.close()
@@ -577,7 +594,7 @@ class _Run:
             self._verify(disk, copier.result)
         return self._finished(copier)
 
-    def resumable(self, references: list[Reference]) -> ConvertResult:
+    def resumable(self) -> ConvertResult:
         from .journal import Journal
 
         size = align_up(self.sources.size, 512)

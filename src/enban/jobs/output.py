@@ -102,10 +102,13 @@ class Output:
                 self.resumed = True
                 return storage
             try:
-                self._remove()  # while we hold its lock
+                if host.HAVE_LOCKS:
+                    self._remove()  # while its lock is ours
             finally:
                 drive(storage.close())
                 self._let_go()
+            if not host.HAVE_LOCKS:
+                self._remove()  # such a host does not remove open files
         try:
             storage = open_file(self.temporary, BLOCKING, writable=True, cache=cache, create=True)
         except LockedError as error:
@@ -134,6 +137,10 @@ class Output:
                 storage = open_file(self.temporary, BLOCKING, writable=True, cache=cache)
         except (LockedError, FileNotFoundError) as error:
             raise self._busy() from error
+        except HostError as error:
+            if error.errno == errno.ENOENT:  # gone since we looked
+                raise self._busy() from error
+            raise
         if not regular:
             raise UsageError(
                 "stands where a partial image would be made", path=self.temporary, hint="remove it"
@@ -201,7 +208,9 @@ class Output:
         if self._open:
             self._open = False
             try:
-                if not self.in_place and (self._hold < 0 or self._has_name()):
+                if not self.in_place and self._has_name():
+                    if not host.HAVE_LOCKS:
+                        self._let_go()
                     self._remove()
             finally:
                 self._unlock()

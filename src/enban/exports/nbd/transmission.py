@@ -71,6 +71,8 @@ _MOST_MISSES = 8  # spins in vain in a row, then no more until a wait was short
 
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 _DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
+_WAITALL = getattr(socket, "MSG_WAITALL", 0)
+_MUCH = 32 << 10
 
 
 class Spinners:
@@ -152,7 +154,7 @@ class Transmission:
                     self._answer(found)
                 continue
             self._make_room(need)
-            n = self._receive()
+            n = self._receive(need - (self._end - self._start))
             if not n:
                 return
             self._end += n
@@ -172,9 +174,12 @@ class Transmission:
         grown[:rest] = bytes(self._in[self._start : self._end])
         self._in, self._start, self._end = grown, 0, rest
 
-    def _receive(self) -> int:
+    def _receive(self, missing: int) -> int:
+        """Receive something. missing: bytes without which nothing can be done."""
         view = self._in[self._end :]
         receive = self._sock.recv_into
+        if missing >= _MUCH and not self._session.tls:
+            return receive(view[:missing], 0, _WAITALL)  # the rest of a large write, in one call
         if not self._spin_ns:
             return receive(view)
         try:

@@ -19,10 +19,10 @@ from __future__ import annotations
 
 from ...errors import UnsupportedOperationError
 from ...units import align_up
-from ...wire.qcow2 import COMPRESSED, COPIED, CORRUPT, DIRTY, L2_RESERVED, OFFSET_MASK
+from ...wire.qcow2 import COMPRESSED, COPIED, CORRUPT, DIRTY, L1_RESERVED, L2_RESERVED, OFFSET_MASK
 from .barrier import runs
 from .check_counts import Counts, Difference, decode, encode, parts
-from .check_layout import CHUNK, Image, Layout
+from .check_layout import CHUNK, Image, Layout, sound
 from .check_tables import UNKNOWN, RunTemplate, Tally, scan_table, wrong_flags
 from .findings import CORRUPTION, ERROR, LEAK, CheckResult, Findings
 from .tables import SECTOR_ENTRIES, from_big_endian, to_big_endian
@@ -515,7 +515,8 @@ class Checker:
         """Look at the COPIED flags of entries that point to clusters in [lo, reach).
 
         ones: for each cluster from `lo` on whether the flag should be set, or UNKNOWN; behind those it
-        should not. fix: set the flags right in place of reporting them. Returns how many were wrong.
+        should not. fix: set the flags of otherwise sound entries right in place of reporting them.
+        Returns how many were wrong.
         """
         image, layout = self.image, self.layout
         size, step, bits = image.cluster, image.header.l2_entry_size, image.bits
@@ -524,8 +525,10 @@ class Checker:
             for row, places in self._wrong_flags(buffer, offsets, lo, reach, ones):
                 offset, sectors = offsets[row], set()
                 active = layout.active(offset)
-                if fix and offset >> bits in self.clashing:
-                    continue
+                if fix:
+                    if offset >> bits in self.clashing:
+                        continue
+                    places = [place for place in places if self._sound(buffer, (row << bits) + place * step)]
                 wrong += len(places)
                 for place in places:
                     position = place * step
@@ -542,6 +545,10 @@ class Checker:
                     self.findings.many("copied-l2", len(places) * active, texts, active)
             self.meter.step(len(offsets) * size)
         return wrong
+
+    def _sound(self, buffer: bytearray, position: int) -> bool:
+        entry = int.from_bytes(buffer[position : position + 8], "big")
+        return self.image.external or sound(self.image, entry, L2_RESERVED)
 
     def _flag_texts(
         self, buffer: bytearray, row: int, offset: HostOffset, places: list[int]
@@ -568,6 +575,7 @@ class Checker:
             return len(wrong)
         if self.clashing.intersection(range(*image.span(start, 8 * len(layout.l1)))):
             return 0
+        wrong = [index for index in wrong if sound(image, layout.l1[index], L1_RESERVED)]
         for index in wrong:
             layout.l1[index] ^= COPIED
         for first, end in runs({index // SECTOR_ENTRIES for index in wrong}):

@@ -112,6 +112,12 @@ class Image:
             offset += length
 
 
+def sound(image: Image, entry: int, reserved: int) -> bool:
+    """Whether an L1 entry or the L2 entry of a data cluster is what it should be but for its COPIED flag."""
+    offset = entry & OFFSET_MASK
+    return not (entry & reserved or offset & image.mask or offset >= image.file_size)
+
+
 def never_durable(image: Image, entry: int) -> bool:
     """Whether an L1 entry is as a crash may leave it: sound, but pointing to a table past the end of
     the file, which therefore never was durable. Anything odder may be a damaged pointer to a good table."""
@@ -128,6 +134,7 @@ class Layout:
     block_clusters: how many entries of the refcount table point to each cluster, invalid ones left out.
     unreadable: indexes of blocks that are not at a cluster boundary.
     bitmap_tables: (start, end, weight) of parts of the file that bitmap tables occupy.
+    lost: tables named by the header or the snapshot table that are not (wholly) in the file.
     doubts: why there may be references that were not found: then nothing may be freed.
     rebuild: the refcount table or its blocks cannot be repaired in place.
     lost_tables: L1 entries to tables that never were durable, see `never_durable`.
@@ -146,6 +153,7 @@ class Layout:
         self.block_clusters: dict[Cluster, int] = {}
         self.unreadable: set[int] = set()
         self.bitmap_tables: list[tuple[HostOffset, HostOffset, int]] = []
+        self.lost: list[str] = []
         self.doubts: list[str] = []
         self.rebuild = False
         self.lost_tables = 0
@@ -163,13 +171,14 @@ class Layout:
     async def read(self) -> None:
         """Read it all. Raises HostError, PeerError."""
         header, image = self.image.header, self.image
-        self._use(0, image.cluster, "header")
+        self._use(0, image.cluster, "header", table=False)
         l1_tables = [(header.l1_offset, header.l1_offset + header.l1_entries * 8, 1)]
         self._use(header.l1_offset, header.l1_entries * 8, "L1 table")
         l1_tables += await self._snapshots()
         await self._l1(l1_tables)
-        length = header.refcount_table_clusters * image.cluster
-        self._use(header.refcount_table_offset, length, "refcount table")
+        start, length = header.refcount_table_offset, header.refcount_table_clusters * image.cluster
+        self._use(start, length, "refcount table", table=False)
+        self.rebuild = start + length > image.file_size
         self._crypto()
         await self._bitmaps()
         await self._blocks()
@@ -182,15 +191,19 @@ class Layout:
             )
             self.doubt("an unknown feature may own them")
 
-    def _use(self, offset: HostOffset, length: int, what: str) -> bool:
+    def _use(self, offset: HostOffset, length: int, what: str, *, table: bool = True) -> bool:
+        """Note what occupies a region. False if it is not there. table: what it leads to is lost then,
+        and if a part of it is not there."""
         if length <= 0:
             return True
-        if self.image.outside(offset, length):
-            self.findings.add(
-                "past-end",
-                offset,
-                f"{what} at {offset:#x} of {length} bytes reaches past the end of the file",
-            )
+        outside = self.image.outside(offset, length)
+        if outside or (table and offset + length > self.image.file_size):
+            text = f"{what} at {offset:#x} of {length} bytes reaches past the end of the file"
+            self.findings.add("past-end" if outside else "cut-short", offset, text)
+            if table:
+                self.lost.append(what)
+                self.doubt("tables are lost")
+        if outside:
             return False
         first, end = self.image.span(offset, length)
         self.uses.append((first, end, what))
@@ -211,6 +224,7 @@ class Layout:
                     "snapshot-table", position, f"snapshot table ends before its last {left} entries"
                 )
                 self.doubt("snapshots are lost")
+                self.lost.append("snapshot table")
                 break
             head = await image.file.read(position, _SNAPSHOT_HEAD.size)
             l1_offset, entries, id_length, name_length, _, _, _, _, extra = _SNAPSHOT_HEAD.unpack(head)
@@ -240,8 +254,6 @@ class Layout:
                 continue
             if self._use(l1_offset, entries * 8, f"L1 table of snapshot {number}"):
                 tables.append((l1_offset, l1_offset + entries * 8, FROM_SNAPSHOT))
-            elif entries:
-                self.doubt("a snapshot's tables are lost")
         if header.snapshot_count:
             self._use(header.snapshots_offset, position - header.snapshots_offset, "snapshot table")
         return tables
@@ -285,6 +297,10 @@ class Layout:
             self.doubt("an L2 table is lost")
         if outside:
             return
+        if offset + image.cluster > image.file_size:
+            text = f"L2 table at {offset:#x} reaches past the end of the file"
+            findings.add("cut-short", place, text, times)
+            self.doubt("an L2 table is lost")
         self.l2[offset] = self.l2.get(offset, 0) + weight
 
     # -- the rest --------------------------------------------------------------------------
@@ -298,7 +314,7 @@ class Layout:
             self.doubt("the encryption header is lost")
             return
         offset, length = int.from_bytes(data[:8], "big"), int.from_bytes(data[8:16], "big")
-        self._use(offset, length, "encryption header")
+        self._use(offset, length, "encryption header", table=False)
 
     async def _bitmaps(self) -> None:
         header, image = self.image.header, self.image
@@ -329,8 +345,6 @@ class Layout:
                 self.doubt("bitmaps are lost")
             elif self._use(start, size, f"table of bitmap '{entry.name}'"):
                 tables.append((start, start + size, 1))
-            else:
-                self.doubt("bitmaps are lost")
         self.bitmap_tables = sweep(tables)
 
     def bitmap_cluster(self, place: HostOffset, entry: int, weight: int, report: bool) -> Cluster:
@@ -385,6 +399,10 @@ class Layout:
                         f"refcount block {index} at {block:#x} lies past the end of the file",
                     )
                 else:
+                    if block + image.cluster > image.file_size:
+                        text = f"refcount block {index} at {block:#x} reaches past the end of the file"
+                        findings.add("cut-short", place, text)
+                        self.rebuild = True
                     cluster = block >> image.bits
                     self.block_clusters[cluster] = self.block_clusters.get(cluster, 0) + 1
                     continue

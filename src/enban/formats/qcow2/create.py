@@ -178,15 +178,16 @@ async def write_empty(file: Storage, header: Header) -> None:
     header.l1_entries = max(1, header.l1_needed)
     content = header.build()
     entries = b"".join((first_block + i * cluster).to_bytes(8, "big") for i in range(blocks))
-    await file.truncate(header.l1_offset + header.l1_entries * 8)
-    if file.fixed_size:  # old content of a device must not look like tables
-        await file.write(bytes((1 + table + blocks) * cluster), 0)
-        await file.write_zeroes(header.l1_offset, l1_clusters * cluster, unmap=False)
-    await file.write(entries, cluster)
+    # Every table is written whole, zeros too: a full disk must show here and not when they come into use.
+    await file.write(entries + bytes(table * cluster - len(entries)), cluster)
     for number in range(blocks):
         used = min(entries_per_block, total - number * entries_per_block)
-        await file.write(_ones(used, header.refcount_order), first_block + number * cluster)
-    await file.write(content, 0)
+        block = _ones(used, header.refcount_order)
+        await file.write(block + bytes(cluster - len(block)), first_block + number * cluster)
+    l1_bytes = header.l1_entries * 8
+    for start in range(0, l1_bytes, 1 << 20):
+        await file.write(bytes(min(1 << 20, l1_bytes - start)), header.l1_offset + start)
+    await file.write(content + bytes(cluster - len(content)), 0)
 
 
 def _ones(count: int, order: int) -> bytes:

@@ -18,6 +18,7 @@ MOST_KEPT = 100
 
 # Kinds that QEMU's check does not look for (or, as the last one, does not count).
 BEYOND_QEMU = (
+    "cut-short",
     "overlap",
     "zero-flag",
     "copied-no-cluster",
@@ -29,6 +30,7 @@ BEYOND_QEMU = (
 SEVERITY = {
     # places
     "past-end": CORRUPTION,  # a table or other structure lies behind the end of the file
+    "cut-short": CORRUPTION,  # it begins inside the file and ends behind it
     "overlap": CORRUPTION,  # a table's cluster is in use for something else too
     # L1 and L2 tables
     "l1-reserved": CORRUPTION,

@@ -161,17 +161,21 @@ class _Repair:
     async def run(self, before: Checker, *, everything: bool) -> None:
         found, layout = before.findings, before.layout
         self.clashing = before.clashing
+        rebuild = layout.rebuild or bool(layout.unreadable)
+        if rebuild and not everything:
+            self.impossible = "the refcounts must be written anew before leaks can be freed (repair all)"
+            return
+        if rebuild and layout.lost:  # what is written behind the end of the file would be taken for them
+            self.impossible = f"the {layout.lost[0]} is not in the file: the file is cut short"
+            return
         if everything:
             if layout.lost_tables or any(kind in found.kinds for kind in _DROPPED_KINDS):
                 await self._drop(before)
-            if layout.rebuild or layout.unreadable:
+            if rebuild:
                 await self._rebuild()
             else:
                 await self._change(3, "refcounts-raised", max)
             others = 0
-        elif layout.rebuild or layout.unreadable:
-            self.impossible = "the refcounts must be rebuilt before leaks can be freed (repair all)"
-            return
         else:
             others = found.total(ERROR) + found.total(CORRUPTION, but=_FLAG_KINDS)
         freeing = not layout.doubts
@@ -404,4 +408,3 @@ class _Repair:
         )
         await node.flush()
         self.done.add("snapshot-table-written", node.header.snapshots_offset, "wrote the snapshot table anew")
-

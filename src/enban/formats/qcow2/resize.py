@@ -143,7 +143,7 @@ async def preallocate(node: Qcow2Node, offset: int, length: int, mode: str) -> N
                         await piece.storage.write_zeroes(link.host, span, unmap=mode == "metadata")
                     if mode == "falloc":
                         await piece.storage.allocate(link.host, span)
-                    elif piece.storage.size() < link.host + span and not piece.storage.fixed_size:
+                    if piece.storage.size() < link.host + span and not piece.storage.fixed_size:
                         await piece.storage.truncate(link.host + span)
                 if node.extended and node.may_show_backing:
                     link.masks = [0] * link.count
