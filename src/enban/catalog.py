@@ -250,7 +250,7 @@ class Opener:
         node = await open_qcow2(
             storage.name, self.runtime, storage, writable=writable, metadata_only=self.metadata_only
         )
-        if node.external:
+        if node.external and not self.metadata_only:
             given = options.get("data-file")
             if given is not None:
                 reference = parse_reference(given)

@@ -233,7 +233,7 @@ def test_slice_and_read_only(tmp_path: Path) -> None:
 
 
 def fio(uri: str, *words: str) -> dict[str, object]:
-    out = run("fio", "--ioengine=nbd", f"--uri={uri}", "--output-format=json", "--name=job", *words)
+    out = run("fio", "--ioengine=nbd", f"--uri={uri}", "--output-format=json", "--verify_state_save=0", "--name=job", *words)
     result: dict[str, object] = json.loads(out[out.index("{") :])
     return result
 
@@ -303,8 +303,8 @@ def load(tmp_path: Path, seconds: int) -> None:
                 "--iodepth=64",
             )
             peak.append(resident_kib(service.process.pid))
-        assert peak[-1] < peak[0] * 1.3 + 20_000, peak
-        assert peak[-1] < 400_000, peak
+        assert peak[-1] < peak[0] * 1.2 + 5_000, peak
+        assert peak[-1] < 100_000, peak
         service.process.send_signal(signal.SIGUSR1)
         time.sleep(0.3)
         counts = next(line for line in service.log.splitlines() if "requests begun" in line)

@@ -78,7 +78,11 @@ class Connection:
             log=lambda text: server.log(f"{self.peer}: {text}"),
             trace=server.trace,
         )
-        self.transmission.run()
+        try:
+            self.transmission.run()
+        finally:
+            self.transmission.release()
+            self.transmission = None
 
     def stop_receiving(self) -> None:
         """From another thread: answer what was received, then end."""

@@ -18,6 +18,7 @@ A reply is sent for every request that was parsed, in any order, unless the clie
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import socket
 from time import perf_counter_ns
@@ -65,7 +66,6 @@ SEND_AT = 256 << 10
 # Before a blocking wait the loop asks again and again for `spin_us`, if waits have been short.
 SPIN_US = 50
 _SHORT_WAIT = 4  # a blocking wait of up to so many times the spin makes spinning worth a try
-_FEW = 4  # a batch of more pays for a wait by itself
 _REPLY_ROOM = 64 + MAX_ERROR_REPLY  # what a reply needs besides its data, and an error reply at all
 _MOST_MISSES = 8  # spins in vain in a row, then no more until a wait was short
 
@@ -75,14 +75,20 @@ _WAITALL = getattr(socket, "MSG_WAITALL", 0)
 _MUCH = 32 << 10
 
 
-class Spinners:
-    """How many threads of a server are spinning, of how many. One processor is always left to others."""
+def _new_buffer(size: int) -> memoryview:
+    """Memory of its own pages: only what is used of it takes room, and all of it goes back at the end."""
+    return memoryview(mmap.mmap(-1, size))
 
-    __slots__ = ("count", "most", "threads")
+
+class Spinners:
+    """Which threads of a server are spinning, and which are busy answering. One processor is always
+    left to others, and nobody spins while another thread could use the time."""
+
+    __slots__ = ("busy", "most", "spinning")
 
     def __init__(self) -> None:
-        self.count = 0
-        self.threads = 0
+        self.spinning: set[Transmission] = set()
+        self.busy: set[Transmission] = set()
         self.most = max(0, (os.cpu_count() or 1) - 1)
 
 
@@ -117,11 +123,10 @@ class Transmission:
         self._spinners = spinners
         self._spinning = True
         self._misses = 0
-        self._few = True  # the last batch was short
-        self._in = memoryview(bytearray(max(BUFFER, len(leftover))))
+        self._in = _new_buffer(max(BUFFER, len(leftover)))
         self._in[: len(leftover)] = leftover
         self._start, self._end = 0, len(leftover)  # what is in _in and not answered yet
-        self._out = memoryview(bytearray(BUFFER))
+        self._out = _new_buffer(BUFFER)
         self._pos = 0  # end of the replies in _out
         self._nowait = _NOWAIT if host.HAVE_PREADV else 0
         self._entry: Request | None = None
@@ -133,24 +138,20 @@ class Transmission:
         self.sending = False
         self.answered = 0
 
+    def release(self) -> None:
+        """Give the buffers back at once, not when the garbage collector comes by."""
+        self._in = self._out = memoryview(b"")
+
     # -- receiving -------------------------------------------------------------------------
 
     def run(self) -> None:
         """Answer until the client takes leave or hangs up. Raises OSError, ProtocolError."""
-        self._spinners.threads += 1
-        try:
-            self._loop()
-        finally:
-            self._spinners.threads -= 1
-
-    def _loop(self) -> None:
         parse, most = self._codec.parse_requests, self._session.max_payload
         need = self._codec.request_size
         while not self._leaving:
             if self._end - self._start >= need:
                 found, self._start, need = parse(self._in, self._start, self._end, most)
                 if found:
-                    self._few = len(found) <= _FEW
                     self._answer(found)
                 continue
             self._make_room(need)
@@ -166,7 +167,7 @@ class Transmission:
             self._start = self._end = 0
         size = max(BUFFER, need)
         if len(self._in) != size and (need > len(self._in) or not rest):
-            grown = memoryview(bytearray(size))
+            grown = _new_buffer(size)
         elif len(self._in) - self._start < max(need, SEND_AT):
             grown = self._in
         else:
@@ -187,13 +188,11 @@ class Transmission:
         except BlockingIOError:
             pass
         spinners = self._spinners
-        # With others at work, a thread spins only where latency is what counts: at short batches.
-        worth_it = self._spinning and (self._few or spinners.threads == 1)
-        if worth_it and spinners.count < spinners.most:
-            spinners.count += 1
+        if self._spinning and not spinners.busy and len(spinners.spinning) < spinners.most:
+            spinners.spinning.add(self)
             try:
                 until = perf_counter_ns() + self._spin_ns
-                while perf_counter_ns() < until:
+                while not spinners.busy and perf_counter_ns() < until:
                     try:
                         n = receive(view, 0, _DONTWAIT)
                     except BlockingIOError:
@@ -201,7 +200,7 @@ class Transmission:
                     self._misses = 0
                     return n
             finally:
-                spinners.count -= 1
+                spinners.spinning.discard(self)
             self._misses += 1
             self._spinning = self._misses < _MOST_MISSES
         before = perf_counter_ns()
@@ -215,6 +214,7 @@ class Transmission:
     def _answer(self, batch: list[ParsedRequest]) -> None:
         self.since_ns = perf_counter_ns()
         self.batch = batch
+        self._spinners.busy.add(self)
         self._enter()
         try:
             if self._trace is not None:
@@ -225,6 +225,7 @@ class Transmission:
                     self._run(late, 0)
         finally:
             self._leave()
+            self._spinners.busy.discard(self)
         self._send()
         self.batch = []
 
@@ -259,7 +260,7 @@ class Transmission:
         if self._pos + size > len(self._out):
             self._send_early()
             if max(size, BUFFER) != len(self._out):
-                self._out = memoryview(bytearray(max(size, BUFFER)))
+                self._out = _new_buffer(max(size, BUFFER))
 
     def _run(self, batch: list[ParsedRequest], nowait: int) -> list[ParsedRequest]:
         """Answer requests, hot ones by short cuts. With `nowait`, returns the reads that would

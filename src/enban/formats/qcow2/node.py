@@ -888,8 +888,10 @@ class Qcow2Node(Node):
                     await self.release_quarantine()
                 if any(block.dirty for block in self.refcounts.blocks.values()):
                     await barrier(self)
-            elif self.cache.dirty or self.l1_dirty:
-                self._check_not_halted()  # changes that were not flushed are lost
+            elif self._halted is not None:
+                await self.data.flush()  # for writes in place
+                if self.cache.dirty or self.l1_dirty:
+                    self._check_not_halted()  # changes that were not flushed are lost
         finally:
             try:
                 if self.data is not self.file:
