@@ -233,7 +233,8 @@ def test_slice_and_read_only(tmp_path: Path) -> None:
 
 
 def fio(uri: str, *words: str) -> dict[str, object]:
-    out = run("fio", "--ioengine=nbd", f"--uri={uri}", "--output-format=json", "--verify_state_save=0", "--name=job", *words)
+    common = ("--ioengine=nbd", f"--uri={uri}", "--output-format=json", "--verify_state_save=0")
+    out = run("fio", *common, "--name=job", *words)
     result: dict[str, object] = json.loads(out[out.index("{") :])
     return result
 
