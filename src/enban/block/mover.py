@@ -110,8 +110,9 @@ async def _read_packed(extent: Extent, part: memoryview) -> None:
         data = await node.runtime.offload(_inflate, node, packed, extent.host)
         if len(part) < len(data):  # the rest of the unit is likely to be read next
             kept = node.unpacked
-            while len(kept) >= max(2, _UNPACKED_BYTES // node.cluster_size):
-                kept.pop(next(iter(kept), key), None)
+            most = max(2, _UNPACKED_BYTES // node.cluster_size)
+            for old in list(kept)[: max(0, len(kept) - most + 1)]:  # one step, so safe among threads
+                kept.pop(old, None)
             kept[key] = data
     skip = extent.start - extent.unit
     part[:] = memoryview(data)[skip : skip + len(part)]

@@ -37,13 +37,14 @@ from ...wire.qcow2 import (
     EXTERNAL_DATA,
     OFFSET_MASK,
     REFTABLE_MASK,
-    SUBCLUSTERS,
     build_snapshots,
     pack_compressed,
     unpack_compressed,
 )
+from .allocation import Link, link_entries, new_packed, reserve_extended, reserve_standard, undo
 from .barrier import barrier
-from .mapping import bad_entry, lookup_extended, lookup_standard, subcluster_kind
+from .clearing import clear
+from .mapping import bad_entry, lookup_extended, lookup_standard
 from .refcounts import Refcounts
 from .tables import L2Table, TableCache, from_big_endian, to_big_endian
 
@@ -57,34 +58,6 @@ if TYPE_CHECKING:
     from ...wire.qcow2 import Header, SnapshotEntry
 
 NOT_PLAIN = COMPRESSED | ALL_ZERO
-
-
-class Link:
-    """What `publish` does for a piece: `count` entries from `first` of table `index` get the
-    clusters from `host` on. owned: the clusters were allocated for this piece.
-    masks: with extended entries, the subclusters of each that become data.
-    packed: the ready entry of a compressed cluster, else 0."""
-
-    __slots__ = ("count", "first", "host", "index", "masks", "owned", "packed")
-
-    def __init__(
-        self,
-        index: int,
-        first: int,
-        count: int,
-        host: HostOffset,
-        *,
-        owned: bool,
-        masks: list[int] | None = None,
-        packed: int = 0,
-    ) -> None:
-        self.index = index
-        self.first = first
-        self.count = count
-        self.host = host
-        self.owned = owned
-        self.masks = masks
-        self.packed = packed
 
 
 class Qcow2Node(Node):
@@ -225,9 +198,9 @@ class Qcow2Node(Node):
 
     async def load(self, offset: GuestOffset) -> None:
         async with self.mutex:
-            await self._load_table(offset >> self.l2_shift)
+            await self.load_table(offset >> self.l2_shift)
 
-    async def _load_table(self, index: int) -> L2Table:
+    async def load_table(self, index: int) -> L2Table:
         """The L2 table of an L1 entry that has one; the mutex is held."""
         table = self.cache.tables.get(index)
         if table is None:
@@ -300,18 +273,18 @@ class Qcow2Node(Node):
         if not offset:
             entries = array("Q", bytes(self.cluster_size))
         elif l1 & COPIED:
-            table = await self._load_table(index)
+            table = await self.load_table(index)
             if not table.writable:
                 self._vet_table(index, table)
                 self.cache.allow_overwrite(index)
             return table
         else:
-            table = await self._load_table(index)
+            table = await self.load_table(index)
             self._vet_table(index, table)
             entries = array("Q", table.entries)
         place = await self.refcounts.allocate_table(to_big_endian(entries))
         if offset:
-            self._unlink(offset >> self.cluster_bits, 1)
+            self.unlink(offset >> self.cluster_bits, 1)
         table = L2Table(place, entries, fresh=True)
         self.l1[index] = place | COPIED
         self.l1_dirty.add(index)
@@ -336,7 +309,7 @@ class Qcow2Node(Node):
     # -- write side ------------------------------------------------------------------------
 
     async def reserve(self, offset: GuestOffset, length: int) -> list[Piece]:
-        await self._make_room()
+        await self.make_room()
         pieces: list[Piece] = []
         position = align_down(offset, self.cluster_size)
         end = align_up(offset + length, self.cluster_size)
@@ -348,16 +321,16 @@ class Qcow2Node(Node):
                     stop = min(end, index + 1 << self.l2_shift)
                     table = await self.own_table(index)
                     if self.extended:
-                        await self._reserve_extended(
-                            pieces, index, table, position, stop, offset, offset + length
+                        await reserve_extended(
+                            self, pieces, index, table, position, stop, offset, offset + length
                         )
                     else:
-                        await self._reserve_standard(
-                            pieces, index, table, position, stop, offset, offset + length
+                        await reserve_standard(
+                            self, pieces, index, table, position, stop, offset, offset + length
                         )
                     position = stop
             except BaseException:
-                await self._undo(pieces)
+                await undo(self, pieces)
                 raise
         return pieces
 
@@ -396,137 +369,13 @@ class Qcow2Node(Node):
         length = self.cluster_size
         return Piece(start, length, self.data, link.host, fill=True, token=link)
 
-    async def _make_room(self) -> None:
+    async def make_room(self) -> None:
         """Before changing more: write out changes if many have collected, take back free clusters."""
         if len(self.cache.dirty) >= self.cache.most_dirty:
             await barrier(self)
         elif self.quarantine:
             async with self.mutex:
                 await self.release_quarantine()
-
-    async def _reserve_standard(
-        self,
-        pieces: list[Piece],
-        index: int,
-        table: L2Table,
-        start: GuestOffset,
-        stop: GuestOffset,
-        want_start: GuestOffset,
-        want_end: GuestOffset,
-    ) -> None:
-        entries, bits = table.entries, self.cluster_bits
-        i = start >> bits & self.l2_mask
-        last = i + (stop - start >> bits)
-        while i < last:
-            entry = entries[i]
-            guest = (index << self.l2_shift) + (i << bits)
-            count = 1
-            if entry >> 63 and not entry & COMPRESSED and self.present(entry):
-                # Ours alone: data is overwritten in place, a kept zero cluster is put to use.
-                host = entry & OFFSET_MASK
-                if host & self.cluster_mask:
-                    raise bad_entry(self, guest, f"points to {host:#x}, which is no cluster")
-                while i + count < last and entries[i + count] == entry + (count << bits):
-                    count += 1
-                if entry & ALL_ZERO:
-                    link = Link(index, i, count, host, owned=False)
-                    self._add_piece(pieces, table, guest, count << bits, host, clean=False, link=link)
-                else:
-                    first, end = max(guest, want_start), min(guest + (count << bits), want_end)
-                    place = host + first - guest
-                    pieces.append(Piece(first, end - first, self.data, place, fill=False))
-            else:
-                while i + count < last and not (
-                    entries[i + count] >> 63 and self.present(entries[i + count])
-                ):
-                    count += 1
-                host, count, clean = await self._new_clusters(guest, count)
-                link = Link(index, i, count, host, owned=True)
-                self._add_piece(pieces, table, guest, count << bits, host, clean=clean, link=link)
-            i += count
-
-    def _add_piece(
-        self,
-        pieces: list[Piece],
-        table: L2Table,
-        guest: GuestOffset,
-        length: int,
-        host: HostOffset,
-        *,
-        clean: bool,
-        link: Link,
-    ) -> None:
-        table.pins += 1
-        if self.external:
-            length = min(length, self.size - guest)  # a data file ends where the disk ends
-        pieces.append(Piece(guest, length, self.data, host, fill=True, clean=clean, token=link))
-
-    async def _new_clusters(self, guest: GuestOffset, count: int) -> tuple[HostOffset, int, bool]:
-        """(host offset, how many clusters, whether they read as zeros)."""
-        if self.external:  # guest and host offsets are the same there, and nothing is counted
-            return guest, count, guest >= self.data.size() and not self.data.fixed_size
-        cluster, count, clean = await self.refcounts.allocate(count)
-        return cluster << self.cluster_bits, count, clean
-
-    async def _reserve_extended(
-        self,
-        pieces: list[Piece],
-        index: int,
-        table: L2Table,
-        start: GuestOffset,
-        stop: GuestOffset,
-        want_start: GuestOffset,
-        want_end: GuestOffset,
-    ) -> None:
-        entries, grain = table.entries, self.grain
-        for guest in range(start, stop, self.cluster_size):
-            i = guest >> self.cluster_bits & self.l2_mask
-            entry = entries[2 * i]
-            first = max(want_start - guest, 0) >> self.grain_bits
-            end = min(-(-(want_end - guest) // grain), SUBCLUSTERS)
-            if entry & COMPRESSED or (self.present(entry) and not entry >> 63):
-                first, end = 0, SUBCLUSTERS  # the whole cluster moves
-            elif self.present(entry):
-                host = entry & OFFSET_MASK
-                if host & self.cluster_mask:
-                    raise bad_entry(self, guest, f"points to {host:#x}, which is no cluster")
-                self._reserve_subclusters(pieces, index, table, i, guest, first, end)
-                continue
-            host, _, clean = await self._new_clusters(guest, 1)
-            mask = (1 << end - first) - 1 << first
-            link = Link(index, i, 1, host, owned=True, masks=[mask])
-            place = first << self.grain_bits
-            length = (end - first) << self.grain_bits
-            self._add_piece(pieces, table, guest + place, length, host + place, clean=clean, link=link)
-
-    def _reserve_subclusters(
-        self,
-        pieces: list[Piece],
-        index: int,
-        table: L2Table,
-        i: int,
-        guest: GuestOffset,
-        first: int,
-        end: int,
-    ) -> None:
-        """Pieces inside a cluster that is ours: data subclusters stay, the others come into use."""
-        entry, bitmap = table.entries[2 * i], table.entries[2 * i + 1]
-        host = entry & OFFSET_MASK
-        while first < end:
-            data = bitmap >> first & 1
-            subcluster_kind(self, entry, bitmap, first, guest)
-            count = 1
-            while first + count < end and bitmap >> first + count & 1 == data:
-                count += 1
-            place = first << self.grain_bits
-            length = count << self.grain_bits
-            if data:
-                pieces.append(Piece(guest + place, length, self.data, host + place, fill=False))
-            else:
-                mask = (1 << count) - 1 << first
-                link = Link(index, i, 1, host, owned=False, masks=[mask])
-                self._add_piece(pieces, table, guest + place, length, host + place, clean=False, link=link)
-            first += count
 
     async def reserve_packed(self, offset: GuestOffset, length: int) -> Piece:
         if self.external:
@@ -537,35 +386,16 @@ class Qcow2Node(Node):
             raise UnsupportedOperationError(
                 "a compressed cluster must be smaller than a cluster", path=self.name
             )
-        await self._make_room()
+        await self.make_room()
         async with self.mutex:
             await self.prepare_change()
             index = offset >> self.l2_shift
             table = await self.own_table(index)
-            host = await self._new_packed(length)
+            host = await new_packed(self, length)
             entry = pack_compressed(host, length, self.cluster_bits)
             link = Link(index, offset >> self.cluster_bits & self.l2_mask, 1, host, owned=True, packed=entry)
             table.pins += 1
         return Piece(offset, length, self.file, host, fill=False, token=link)
-
-    async def _new_packed(self, length: int) -> HostOffset:
-        """Space for packed bytes: after the last ones if that is possible, else in a new cluster.
-        Every host cluster it touches is counted once more."""
-        refcounts, size = self.refcounts, self.cluster_size
-        host = self.packed_end
-        if host % size:
-            shared = host >> self.cluster_bits
-            last = host + length - 1 >> self.cluster_bits
-            if await refcounts.get(shared) < refcounts.largest and (
-                last == shared or await refcounts.claim_free(last)
-            ):
-                await refcounts.add(shared, 1)
-                self.packed_end = host + length
-                return host
-        cluster, _, _ = await refcounts.allocate(1)
-        host = cluster << self.cluster_bits
-        self.packed_end = host + length
-        return host
 
     async def publish(self, pieces: list[Piece]) -> None:
         if not self.mutex.try_acquire():
@@ -574,60 +404,16 @@ class Qcow2Node(Node):
             for piece in pieces:
                 link = piece.token
                 if isinstance(link, Link):
-                    self._link(link)
+                    link_entries(self, link)
                     self.cache.tables[link.index].pins -= 1
         finally:
             self.mutex.release()
 
-    def _link(self, link: Link) -> None:
-        entries = self.cache.tables[link.index].entries
-        numbers = self.numbers
-        for position in range(link.count):
-            i = (link.first + position) * numbers
-            old = entries[i]
-            # Extended entries: the order keeps other threads' reads right, see `mapping.entry_pair`.
-            if link.packed:
-                entries[i] = link.packed
-                if self.extended:
-                    entries[i + 1] = 0
-            else:
-                new = link.host + (position << self.cluster_bits) | COPIED
-                if link.masks is None:
-                    entries[i] = new
-                else:
-                    mask = link.masks[position]
-                    bitmap = (entries[i + 1] | mask) & ~(mask << 32)
-                    if old & COMPRESSED:
-                        entries[i + 1] = bitmap
-                        entries[i] = new
-                    else:
-                        entries[i] = new
-                        entries[i + 1] = bitmap
-            if link.owned:
-                self._unlink_entry(old)
-        self.cache.touch(link.index, link.first * numbers, link.count * numbers)
-
     async def abandon(self, pieces: list[Piece]) -> None:
         async with self.mutex:
-            await self._undo(pieces)
+            await undo(self, pieces)
 
-    async def _undo(self, pieces: list[Piece]) -> None:
-        for piece in pieces:
-            link = piece.token
-            if not isinstance(link, Link):
-                continue
-            self.cache.tables[link.index].pins -= 1
-            if link.packed:
-                await self._drop_packed(link.host, piece.length)
-            elif link.owned and not self.external:
-                await self.refcounts.release(link.host >> self.cluster_bits, link.count)
-
-    async def _drop_packed(self, host: HostOffset, length: int) -> None:
-        for cluster in range(host >> self.cluster_bits, (host + length - 1 >> self.cluster_bits) + 1):
-            if not await self.refcounts.add(cluster, -1):
-                self._forget_clusters(cluster, 1)
-
-    def _forget_clusters(self, first: Cluster, count: int) -> None:
+    def forget_clusters(self, first: Cluster, count: int) -> None:
         """Clusters are free: nothing may be known of their old content."""
         if first <= self.packed_end - 1 >> self.cluster_bits < first + count:
             self.packed_end = 0
@@ -641,7 +427,7 @@ class Qcow2Node(Node):
 
     # -- leaving the mapping ---------------------------------------------------------------
 
-    def _unlink(self, cluster: Cluster, count: int) -> None:
+    def unlink(self, cluster: Cluster, count: int) -> None:
         youngest = self.ledger.newest if self.ledger is not None else 0
         if self.unlinked:
             first, n, _ = self.unlinked[-1]
@@ -650,13 +436,13 @@ class Qcow2Node(Node):
                 return
         self.unlinked.append((cluster, count, youngest))
 
-    def _unlink_entry(self, entry: int) -> None:
+    def unlink_entry(self, entry: int) -> None:
         if entry & COMPRESSED:
             host, packed = unpack_compressed(entry, self.cluster_bits)
             first = host >> self.cluster_bits
-            self._unlink(first, (host + packed - 1 >> self.cluster_bits) - first + 1)
+            self.unlink(first, (host + packed - 1 >> self.cluster_bits) - first + 1)
         elif entry & OFFSET_MASK and not self.external:
-            self._unlink((entry & OFFSET_MASK) >> self.cluster_bits, 1)
+            self.unlink((entry & OFFSET_MASK) >> self.cluster_bits, 1)
 
     async def release_quarantine(self, *, least: int = 0) -> None:
         """Count down clusters whose unlinking is durable and that no running request can reach;
@@ -676,7 +462,7 @@ class Qcow2Node(Node):
                 if span == count:
                     del due[0]
                 if not left:
-                    self._forget_clusters(first, span)
+                    self.forget_clusters(first, span)
                     if first != end:
                         await self._give_back(run, end, least)
                         run = first
@@ -706,91 +492,14 @@ class Qcow2Node(Node):
             return False
         if self.external:
             await self.data.write_zeroes(offset, length, unmap=unmap)
-        return await self._clear(offset, length, unmap=unmap, zero=True)
+        return await clear(self, offset, length, unmap=unmap, zero=True)
 
     async def discard(self, offset: GuestOffset, length: int) -> None:
         if self.header.version < 3 and self.may_show_backing:
             return  # there an unallocated cluster would show what the backing file holds
         if self.external:
             await self.data.write_zeroes(offset, length, unmap=True)
-        await self._clear(offset, length, unmap=True, zero=False)
-
-    async def _clear(self, offset: GuestOffset, length: int, *, unmap: bool, zero: bool) -> bool:
-        """Make grains read as zeros by their entries. False if a compressed cluster is in the way
-        of zeroing a part of it (nothing was changed then)."""
-        end = offset + length
-        if end == self.size:
-            end = align_up(end, self.cluster_size)
-        await self._make_room()
-        async with self.mutex:
-            await self.prepare_change()
-            if zero and self.extended and await self._packed_edges(offset, end):
-                return False
-            while offset < end:
-                index = offset >> self.l2_shift
-                stop = min(end, index + 1 << self.l2_shift)
-                flag_needed = zero and (
-                    self.mark_zeroes or (self.may_show_backing and self._backing_reaches(offset))
-                )
-                if self.l1[index] & OFFSET_MASK or flag_needed:
-                    table = await self.own_table(index)
-                    self._clear_entries(index, table, offset, stop, unmap=unmap, flag_needed=flag_needed)
-                offset = stop
-        return True
-
-    def _backing_reaches(self, offset: GuestOffset) -> bool:
-        return self.backing is None or offset < self.backing.size
-
-    async def _packed_edges(self, offset: GuestOffset, end: GuestOffset) -> bool:
-        for edge in {offset, end} - {align_down(offset, self.cluster_size), align_up(end, self.cluster_size)}:
-            index = edge >> self.l2_shift
-            if self.l1[index] & OFFSET_MASK:
-                table = await self._load_table(index)
-                if table.entries[(edge >> self.cluster_bits & self.l2_mask) * 2] & COMPRESSED:
-                    return True
-        return False
-
-    def _clear_entries(
-        self,
-        index: int,
-        table: L2Table,
-        offset: GuestOffset,
-        stop: GuestOffset,
-        *,
-        unmap: bool,
-        flag_needed: bool,
-    ) -> None:
-        entries, numbers = table.entries, self.numbers
-        while offset < stop:
-            i = (offset >> self.cluster_bits & self.l2_mask) * numbers
-            after = min(stop, align_down(offset, self.cluster_size) + self.cluster_size)
-            entry = entries[i]
-            bitmap = entries[i + 1] if self.extended else 0
-            whole = after - offset == self.cluster_size
-            used = bool(entry) or bool(bitmap)
-            if entry & COMPRESSED and not whole:
-                pass  # a part of a compressed cluster cannot be discarded
-            elif used or flag_needed:
-                keep = self.present(entry) and not entry & COMPRESSED and not unmap
-                if self.extended:
-                    first = (offset & self.cluster_mask) >> self.grain_bits
-                    mask = (1 << (after - offset >> self.grain_bits)) - 1 << first
-                    new_bitmap = (bitmap | mask << 32) & ~mask
-                    drop = whole and not (keep and entry >> 63)
-                    new = 0 if drop else entry
-                else:
-                    new_bitmap = 0
-                    drop = not (keep and entry >> 63)
-                    flag = ALL_ZERO if self.header.version > 2 else 0
-                    new = flag if drop else entry | flag
-                if new != entry or new_bitmap != bitmap:
-                    if self.extended:
-                        entries[i + 1] = new_bitmap
-                    entries[i] = new
-                    self.cache.touch(index, i, numbers)
-                    if drop:
-                        self._unlink_entry(entry)
-            offset = after
+        await clear(self, offset, length, unmap=True, zero=False)
 
     # -- size, flush, close ----------------------------------------------------------------
 

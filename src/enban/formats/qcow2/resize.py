@@ -12,8 +12,8 @@ from array import array
 from ...block import mover
 from ...errors import UnsupportedOperationError, UsageError
 from ...units import align_up
+from .allocation import Link
 from .create import largest_size
-from .node import Link
 from .tables import to_big_endian
 
 TYPE_CHECKING = False

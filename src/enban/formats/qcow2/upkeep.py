@@ -120,11 +120,11 @@ async def make_empty(node: Qcow2Node) -> None:
 
 
 async def _drop_table(node: Qcow2Node, index: int) -> None:
-    table = await node._load_table(index)
+    table = await node.load_table(index)
     entries = table.entries[::2] if node.extended else table.entries
     for entry in filter(None, entries):
-        node._unlink_entry(entry)
-    node._unlink(table.offset >> node.cluster_bits, 1)
+        node.unlink_entry(entry)
+    node.unlink(table.offset >> node.cluster_bits, 1)
     node.cache.remove(index)
     node.l1[index] = 0
     node.l1_dirty.add(index)
