@@ -47,7 +47,7 @@ def probe(start: bytes | bytearray) -> str:
     """The format that the first 512 bytes of an image speak for; "raw" if none."""
     if start[:4] == b"QFI\xfb":
         version = int.from_bytes(start[4:8], "big")
-        if version in (2, 3):
+        if version >= 2:  # of versions after 3 we know the name, to refuse them by it
             return "qcow2"
         if version == 1:
             return "qcow"
@@ -78,15 +78,20 @@ def parse_image_opts(text: str) -> Options:
 
 
 def parse_reference(reference: str | Options) -> Options:
-    """Any reference as options: {"filename": ...} for a plain name."""
+    """Any reference as options: {"filename": ...} for a plain name.
+
+    Raises UsageError, also for values of other types, which a `json:` reference may hold.
+    """
     if isinstance(reference, dict):
         return reference
+    if not isinstance(reference, str):
+        raise UsageError(f"{reference!r} is neither a file name nor a group of options")
     if reference.startswith("json:"):
         import json
 
         try:
             options = json.loads(reference[5:])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"'{reference}' is not valid JSON: {error}") from None
         if not isinstance(options, dict):
             raise UsageError(f"'{reference}' is not a JSON object")
@@ -172,7 +177,7 @@ class Opener:
         """A name found in an image, as options; relative names start at the image's directory."""
         options = parse_reference(reference)
         filename = options.get("filename")
-        if filename is not None and not _scheme(filename):
+        if isinstance(filename, str) and not _scheme(filename):
             options = {**options, "filename": os.path.join(os.path.dirname(image), filename)}
         return options
 

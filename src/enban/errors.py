@@ -35,7 +35,17 @@ class EnbanError(Exception):
         text = f"{self.path}: {self.what}" if self.path else self.what
         if self.offset is not None:
             text += f" (at offset {self.offset:#x})"
-        return f"{text}; {self.hint}" if self.hint else text
+        if self.hint:
+            text += f"; {self.hint}"
+        return text if text.isprintable() else "".join(map(_visible, text))
+
+
+def _visible(character: str) -> str:
+    """A character of a message. Names come from images and peers: none may forge a second line or move a
+    terminal's cursor. Lone surrogates stay, they are the bytes of a file name that is no UTF-8."""
+    if character.isprintable() or "\ud800" <= character <= "\udfff":
+        return character
+    return ascii(character)[1:-1]
 
 
 class UsageError(EnbanError, ValueError):

@@ -77,6 +77,9 @@ def _load_zstd_inflater() -> Inflate:
         decompressor = getattr(local, "decompressor", None)
         if decompressor is None:
             decompressor = local.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+        # The library makes room for what the frame says it holds, whatever max_output_size is.
+        if (stated := zstandard.frame_content_size(packed)) > size:
+            raise ValueError(f"it says it holds {stated} bytes")
         data: bytes = decompressor.decompress(packed, max_output_size=size)
         if len(data) < size:  # more than one frame
             with decompressor.stream_reader(BytesIO(packed), read_across_frames=True) as reader:

@@ -217,18 +217,16 @@ class FileStorage(Storage):
     def _zero(self, offset: HostOffset, length: int, unmap: bool) -> bool:
         end = offset + length
         try:
-            if self.fixed_size:
-                return (host.punch_hole if unmap else host.zero_range)(self._fd, offset, length)
-            with self._guard:
-                if end > self._size:
-                    os.ftruncate(self._fd, end)
-                    if offset >= self._size:
-                        self._size = end
-                        return unmap or host.reserve(self._fd, offset, length)
-                    self._size = end
-            return (host.punch_hole if unmap else host.zero_range)(self._fd, offset, length)
+            if unmap and end > self._size and not self.fixed_size:
+                # A hole does not make the file longer. Neither does this ever make it shorter, as setting
+                # a size would if another thread has just written behind `end`.
+                host.write_all(self._fd, memoryview(b"\0"), end - 1)
+            done = (host.punch_hole if unmap else host.zero_range)(self._fd, offset, length)
         except OSError as error:
             raise from_oserror(error, "write zeroes", self.name, offset) from error
+        if done and end > self._size:
+            self._grown(end)
+        return done
 
     async def discard(self, offset: HostOffset, length: int) -> None:
         length = min(length, self._size - offset)

@@ -193,6 +193,13 @@ def data_or_hole(fd: int, offset: int, end: int) -> tuple[bool, int]:
     """(whether `offset` is in a hole, how many bytes on that holds, at most to `end`)."""
     if not HAVE_HOLES:
         return False, end - offset
+    if HAVE_PREADV:
+        return _seek_data(fd, offset, end)
+    with _cursor_guard:  # looking moves the cursor that others read and write at
+        return _seek_data(fd, offset, end)
+
+
+def _seek_data(fd: int, offset: int, end: int) -> tuple[bool, int]:
     try:
         data = os.lseek(fd, offset, os.SEEK_DATA)
     except OSError as error:

@@ -457,7 +457,8 @@ LEFT = {  # what a repair leaves to a person
 
 def repaired_well(image: bytearray, note: object) -> CheckResult:
     """Repair a damaged image: what is left is of the kinds that may be, no guest byte that could be
-    read before changed, and a second repair finds nothing to do."""
+    read before changed, and a second repair finds nothing to do (unless tables lay on one another, or the file grew over
+    what pointed past its end)."""
     before = guest(image)
     result = repair(image)
     dropped = result.repaired_kinds.get("dropped", 0) + result.repaired_kinds.get("overlap", 0)
@@ -470,7 +471,7 @@ def repaired_well(image: bytearray, note: object) -> CheckResult:
     assert dropped or same_where_readable(before, guest(image)), note
     again = bytes(image)
     repair(image)
-    assert image == again, note
+    assert image == again or {"overlap", "refcounts-rebuilt"} & {*result.repaired_kinds}, note
     return result
 
 

@@ -125,7 +125,7 @@ class Checker:
             finished.append((lo, hi, perfect))
         self.begin(first_stage + 1, len(windows))
         not_copied = self.tally.not_copied or not all(self._l1_copied())
-        not_copied = not_copied or self.tally.past_end or self.layout.lost_tables > 0
+        not_copied = not_copied or self.tally.past_end or "l1-past-end" in self.findings.kinds
         for (lo, hi, perfect), reach in zip(finished, self.reaches(windows), strict=True):
             if not_copied or not perfect:
                 await self.copied(lo, reach, await self.ones(lo, hi))
@@ -526,7 +526,7 @@ class Checker:
                 offset, sectors = offsets[row], set()
                 active = layout.active(offset)
                 if fix:
-                    if offset >> bits in self.clashing:
+                    if not self.may_write(offset):
                         continue
                     places = [place for place in places if self._sound(buffer, (row << bits) + place * step)]
                 wrong += len(places)
@@ -545,6 +545,12 @@ class Checker:
                     self.findings.many("copied-l2", len(places) * active, texts, active)
             self.meter.step(len(offsets) * size)
         return wrong
+
+    def may_write(self, table: HostOffset) -> bool:
+        """Whether an L2 table is all there and has its cluster to itself, as far as tables go."""
+        image = self.image
+        whole = not table & image.mask and table + image.cluster <= image.file_size
+        return whole and table >> image.bits not in self.clashing
 
     def _sound(self, buffer: bytearray, position: int) -> bool:
         entry = int.from_bytes(buffer[position : position + 8], "big")

@@ -43,6 +43,7 @@ CHUNK = 1 << 20
 FROM_SNAPSHOT = 1 << 40  # a reference from a snapshot; one from the active L1 table is 1
 _ACTIVE = FROM_SNAPSHOT - 1
 _MOST_EXTRA = 1024  # bytes of extra data in a snapshot table entry that QEMU accepts
+_NEAR = 64 << 20  # bytes; a file may grow so far over what points past its end
 _MOST_WEIGHT = 1 << 24
 
 _SNAPSHOT_HEAD = Struct(">QIHH4s4s8s4sI")  # L1 offset, L1 entries, id length, name length, ..., extra length
@@ -56,6 +57,7 @@ class Image:
 
     clusters: host clusters of the file, the last one perhaps cut short.
     grown: something that begins inside the file ends in the cluster after those.
+    beyond: where the last region ends that was found past the end of the file, not too far from it.
     """
 
     def __init__(self, node: Qcow2Node) -> None:
@@ -66,8 +68,7 @@ class Image:
         self.bits = header.cluster_bits
         self.cluster = header.cluster_size
         self.mask = header.cluster_size - 1
-        self.file_size = node.file.size()
-        self.clusters: Cluster = -(-self.file_size // self.cluster)
+        self.set_file_size(node.file.size())
         self.order = header.refcount_order
         self.most_references = (1 << header.refcount_bits) - 1
         self.per_block = header.refcount_block_entries
@@ -75,6 +76,12 @@ class Image:
         self.extended = header.extended_l2
         self.no_zero_flag = self.extended or header.version < 3
         self.grown = False
+        self.beyond: HostOffset = 0
+
+    def set_file_size(self, size: int) -> None:
+        """Look at the image as it is, or as it will be, when its file is that long."""
+        self.file_size = size
+        self.clusters: Cluster = -(-size // self.cluster)
 
     @property
     def end(self) -> Cluster:
@@ -85,6 +92,8 @@ class Image:
         """Whether a region reaches past the end of the file by a whole cluster or more; what
         reaches less far is as good as there (QEMU draws the line in the same place)."""
         if offset + length - self.file_size >= self.cluster:
+            if offset < self.file_size + _NEAR:
+                self.beyond = max(self.beyond, offset + length)
             return True
         if offset + length > self.clusters << self.bits:
             self.grown = True
@@ -134,7 +143,7 @@ class Layout:
     block_clusters: how many entries of the refcount table point to each cluster, invalid ones left out.
     unreadable: indexes of blocks that are not at a cluster boundary.
     bitmap_tables: (start, end, weight) of parts of the file that bitmap tables occupy.
-    lost: tables named by the header or the snapshot table that are not (wholly) in the file.
+    lost: tables that are not, or not wholly, in the file, although something sound points to them.
     doubts: why there may be references that were not found: then nothing may be freed.
     rebuild: the refcount table or its blocks cannot be repaired in place.
     lost_tables: L1 entries to tables that never were durable, see `never_durable`.
@@ -300,6 +309,7 @@ class Layout:
         if offset + image.cluster > image.file_size:
             text = f"L2 table at {offset:#x} reaches past the end of the file"
             findings.add("cut-short", place, text, times)
+            self.lost.append("L2 table")
             self.doubt("an L2 table is lost")
         self.l2[offset] = self.l2.get(offset, 0) + weight
 

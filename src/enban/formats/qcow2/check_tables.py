@@ -91,6 +91,7 @@ def scan_table(
         if external:
             continue
         if offset >= file_size:
+            image.outside(offset, cluster)
             if findings is not None and tally is not None:
                 text = f"data cluster at {offset:#x} lies past the end of the file"
                 findings.add("l2-past-end", place + index * step, text, weight)

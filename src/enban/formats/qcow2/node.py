@@ -261,6 +261,13 @@ class Qcow2Node(Node):
         for entry in filter(OFFSET_MASK.__and__, self.l1):
             add(entry & OFFSET_MASK, size, "L2 table")
         for snapshot in self.snapshots:
+            if snapshot.l1_offset + snapshot.l1_entries * 8 > self.file.size():
+                raise CorruptImageError(
+                    f"L1 table of snapshot '{snapshot.name}' reaches past the end of the file",
+                    path=self.name,
+                    offset=snapshot.l1_offset,
+                    hint="run: enban check -r all",
+                )
             add(snapshot.l1_offset, snapshot.l1_entries * 8, "L1 table of a snapshot")
         if header.snapshot_count:
             add(header.snapshots_offset, len(build_snapshots(self.snapshots)), "snapshot table")

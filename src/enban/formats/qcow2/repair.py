@@ -22,6 +22,7 @@ from __future__ import annotations
 from array import array
 
 from ...errors import CorruptImageError, NoSpaceError, UnsupportedOperationError
+from ...units import align_up
 from ...wire.qcow2 import (
     AUTOCLEAR_RAW_DATA,
     CORRUPT,
@@ -157,10 +158,12 @@ class _Repair:
         self.rebuilt = False
         self.impossible = ""
         self.clashing: set[Cluster] = set()
+        self.beyond = False
 
     async def run(self, before: Checker, *, everything: bool) -> None:
         found, layout = before.findings, before.layout
         self.clashing = before.clashing
+        self.beyond = before.image.beyond > 0
         rebuild = layout.rebuild or bool(layout.unreadable)
         if rebuild and not everything:
             self.impossible = "the refcounts must be written anew before leaks can be freed (repair all)"
@@ -188,9 +191,12 @@ class _Repair:
         if everything and layout.incomplete_snapshots:
             await self._complete_snapshots()
 
-    async def _checker(self) -> Checker:
-        """A checker for counting only: what it finds wrong is known already."""
+    async def _checker(self, least_size: int = 0) -> Checker:
+        """A checker for counting only: what it finds wrong is known already. least_size: look at the
+        file as if it were at least that long."""
         checker = Checker(self.node, self.meter)
+        if least_size > checker.image.file_size:
+            checker.image.set_file_size(align_up(least_size, checker.image.cluster))
         checker.clashing = self.clashing
         await checker.layout.read()
         return checker
@@ -211,7 +217,7 @@ class _Repair:
                         )
         async for buffer, offsets in before.tables():
             for row, offset in enumerate(offsets):
-                if offset >> image.bits not in self.clashing and before.regular(buffer, row) < 0:
+                if before.may_write(offset) and before.regular(buffer, row) < 0:
                     await self._drop_entries(before, buffer, row, offset)
             self.meter.step(len(offsets) << image.bits)
         await self.file.flush()
@@ -279,6 +285,11 @@ class _Repair:
     async def _rebuild(self) -> None:
         """Write all refcounts anew, behind everything that is there, and switch the header over."""
         checker = await self._checker()
+        if self.beyond:
+            # Entries that stay although they point past the end will find the file longer: the new
+            # blocks stand behind what they point to, and that counts.
+            await checker.count(0, checker.image.per_block, first=False)
+            checker = await self._checker(checker.image.beyond)
         image, layout = checker.image, checker.layout
         checker.mapped = False
         keep = bool(layout.doubts)  # then what the old blocks count stays counted
