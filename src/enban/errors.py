@@ -45,7 +45,7 @@ def _visible(character: str) -> str:
     terminal's cursor. Lone surrogates stay, they are the bytes of a file name that is no UTF-8."""
     if character.isprintable() or "\ud800" <= character <= "\udfff":
         return character
-    return ascii(character)[1:-1]
+    return f"\\x{ord(character):02x}"
 
 
 class UsageError(EnbanError, ValueError):

@@ -452,13 +452,14 @@ LEFT = {  # what a repair leaves to a person
     *("l2-past-end", "zero-flag", "packed-copied", "packed-external", "packed-past-end"),
     *("packed-subclusters", "subclusters-both", "refcount-overflow", "overlap", "snapshot-table"),
     *("snapshot-l1", "past-end", "cut-short", "copied-l1", "copied-l2"),
+    *("subclusters-no-cluster", "copied-no-cluster"),  # in a table that is not at a cluster boundary
 }
 
 
 def repaired_well(image: bytearray, note: object) -> CheckResult:
     """Repair a damaged image: what is left is of the kinds that may be, no guest byte that could be
-    read before changed, and a second repair finds nothing to do (unless tables lay on one another, or the file grew over
-    what pointed past its end)."""
+    read before changed, and a second repair finds nothing to do (unless tables lay on one another, or
+    the file grew over what pointed past its end)."""
     before = guest(image)
     result = repair(image)
     dropped = result.repaired_kinds.get("dropped", 0) + result.repaired_kinds.get("overlap", 0)
