@@ -26,7 +26,7 @@ from enban.formats.qcow2.tables import to_big_endian
 from enban.jobs import check as job
 from tests.damage import COMPRESSED, COPIED, OFFSET, SHAPES, Map, check, damage, make_image
 from tests.qcow2_reader import Qcow2Reader
-from tests.support import empty_image, make_qcow2
+from tests.support import Face, empty_image, make_qcow2
 
 Damage = Callable[[Map], None]
 
@@ -527,6 +527,24 @@ def test_progress_can_end_the_check(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         job.check(path, progress=stop)
     assert job.check(path).clean  # the file was let go of
+
+
+def test_on_both_faces(tmp_path: Path, face: Face) -> None:
+    path = tmp_path / "disk.qcow2"
+    image = make_image("4k")
+    places = Map(image)
+    places.put(places.data_places()[0], 0)
+    path.write_bytes(image)
+
+    async def scenario() -> None:
+        runtime = face.runtime()
+        found = await job.run_check(str(path), runtime)
+        assert found.leaks == 1 and found.exit_code == 3
+        repaired = await job.run_check(str(path), runtime, repair="all")
+        assert repaired.clean and repaired.leaks_fixed == 1
+
+    face.run(scenario())
+    assert job.check(path).clean
 
 
 def test_what_the_job_refuses(tmp_path: Path) -> None:

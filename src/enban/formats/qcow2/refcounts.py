@@ -415,7 +415,7 @@ class Refcounts:
         per_cluster = self.cluster_size // 8
         clusters = -(-(index + 1) // per_cluster)
         clusters = min(clusters + clusters // 2 + 1, MAX_REFCOUNT_TABLE_BYTES >> self.cluster_bits)
-        old_length = len(self.table)
+        old_length, old_end, old_moved = len(self.table), self.end, self.moved
         self.table.extend([0] * (clusters * per_cluster - old_length))
         offset = -1
         try:
@@ -433,6 +433,9 @@ class Refcounts:
                     self.table_dirty.discard(added)
                     self.blocks.pop(added, None)
             del self.table[old_length:]
+            # Only zeros were written there. Going on from further out each time would need more room
+            # with each attempt, and never end on a disk that gets a little room now and then.
+            self.end, self.moved = old_end, old_moved
             raise
         before, self.moved = self.moved, (offset, clusters)
         if before is not None:
