@@ -125,16 +125,6 @@ def test_sound_images_give_the_same_json(images: dict[str, Path], name: str) -> 
     assert result.as_dict() == by_qemu(images[name])
 
 
-@needs_qemu_img
-def test_an_encrypted_image_gives_the_same_json(tmp_path: Path) -> None:
-    path = tmp_path / "luks.qcow2"
-    secret = ("--object", "secret,id=key,data=passphrase")
-    options = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=500"
-    qemu_img("create", "-q", "-f", "qcow2", *secret, "-o", options, path, "8M")
-    result = check(path)
-    assert result.clean and result.as_dict() == by_qemu(path)
-
-
 def compare(path: Path, note: object) -> set[str]:
     """The same numbers from both, but where QEMU stops looking earlier. Returns the kinds of findings."""
     theirs = by_qemu(path)

@@ -74,8 +74,8 @@ class Qcow2Options:
         header.version = 2 if self.compat in ("0.10", "v2") else 3
         header.cluster_bits = self.cluster_size.bit_length() - 1
         if (
-            1 << header.cluster_bits != self.cluster_size
-            or not MIN_CLUSTER_BITS <= header.cluster_bits <= MAX_CLUSTER_BITS
+            not MIN_CLUSTER_BITS <= header.cluster_bits <= MAX_CLUSTER_BITS
+            or 1 << header.cluster_bits != self.cluster_size
         ):
             raise UsageError(
                 f"cluster size {self.cluster_size} is not possible",
