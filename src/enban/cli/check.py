@@ -33,6 +33,7 @@ def run(arguments: Arguments) -> int:
             progress.update,
             force_share=arguments.on("-U"),
             cache=arguments.text("-T", "writeback"),
+            gate=common.gate(arguments),
         )
     except UnsupportedOperationError as error:
         progress.abort()

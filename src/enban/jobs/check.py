@@ -9,7 +9,7 @@ from __future__ import annotations
 from ..block.gate import SIBLINGS
 from ..block.runtime import BLOCKING, drive
 from ..catalog import Opener
-from ..errors import UnsupportedOperationError, UsageError
+from ..errors import EnbanError, UnsupportedOperationError, UsageError
 from ..formats.qcow2.findings import CheckResult, Finding
 
 TYPE_CHECKING = False
@@ -88,21 +88,31 @@ async def run_check(
     opener = Opener(runtime, gate=gate, cache=cache, lock=lock, metadata_only=True)
     node = await opener.open_chain(reference, format=format, writable=bool(repair), backing=False)
     try:
-        from ..formats.qcow2.node import Qcow2Node
+        result = await _check(node, repair, progress)
+    except BaseException:
+        try:
+            await node.close()
+        except EnbanError:
+            pass  # the error that led here is the one to report
+        raise
+    await node.close()
+    return result
 
-        if node.format == "qcow":
-            return await _check_qcow(node, repair, progress)
-        if not isinstance(node, Qcow2Node):
-            raise UnsupportedOperationError(f"format {node.format} has no check", path=node.name)
-        if repair:
-            from ..formats.qcow2.repair import repair_image
 
-            return await repair_image(node, repair, progress)
-        from ..formats.qcow2.check import check_image
+async def _check(node: Node, repair: str | None, progress: Report | None) -> CheckResult:
+    from ..formats.qcow2.node import Qcow2Node
 
-        return await check_image(node, progress)
-    finally:
-        await node.close()
+    if node.format == "qcow":
+        return await _check_qcow(node, repair, progress)
+    if not isinstance(node, Qcow2Node):
+        raise UnsupportedOperationError(f"format {node.format} has no check", path=node.name)
+    if repair:
+        from ..formats.qcow2.repair import repair_image
+
+        return await repair_image(node, repair, progress)
+    from ..formats.qcow2.check import check_image
+
+    return await check_image(node, progress)
 
 
 async def _check_qcow(node: Node, repair: str | None, progress: Report | None) -> CheckResult:

@@ -48,7 +48,7 @@ FLAGS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("combination", itertools.product(*FLAGS.values()), ids=lambda _: "")
+@pytest.mark.parametrize("combination", list(itertools.product(*FLAGS.values())), ids=lambda _: "")
 def test_options_together(combination: tuple[dict[str, Any], ...]) -> None:
     """Each combination is either refused, or made, found as wished, and usable."""
     options: dict[str, Any] = {}

@@ -9,8 +9,8 @@ Steps, each durable before the next begins:
     4  lower    refcounts that are too high
     5  bits     dirty and corrupt, if a new check finds nothing wrong any more
 
-After a crash in between, what an entry points to is counted at least as often as it is used
-once step 2 is done, and the dirty or corrupt bit still stands: the repair is repeated.
+After a crash in between the repair can be repeated: once step 2 is done, what an entry points to
+is counted at least as often as it is used, and a dirty or corrupt bit stands until all is done.
 
 Nothing is freed while there may be references that were not found (a lost table, an
 unknown feature). Tables that share a cluster with another table are not written. Feature
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from array import array
 
-from ...errors import CorruptImageError, NoSpaceError, UnsupportedOperationError
+from ...errors import CorruptImageError, NoSpaceError, UnsupportedFeatureError
 from ...units import align_up
 from ...wire.qcow2 import (
     AUTOCLEAR_RAW_DATA,
@@ -354,9 +354,7 @@ class _Repair:
                 break
             used |= needed
         if clusters << image.bits > MAX_REFCOUNT_TABLE_BYTES:
-            raise UnsupportedOperationError(
-                "the image is too large for a refcount table", path=self.node.name
-            )
+            raise UnsupportedFeatureError("the image is too large for a refcount table", path=self.node.name)
         return sorted(used), clusters
 
     async def _content(self, checker: Checker, counts: Counts, index: int, keep: bool) -> bytes:
