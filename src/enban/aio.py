@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .block.storage import ReadBuffer, WriteBuffer
     from .extent import Extent
     from .jobs.check import CheckResult
-    from .jobs.convert import ConvertResult
+    from .jobs.copier import ConvertResult
     from .wire.qcow2 import SnapshotEntry
 
     T = TypeVar("T")

@@ -15,7 +15,7 @@ import enban.cli.check as check_module
 import enban.cli.convert as convert_module
 from enban import SIBLINGS, TRUSTED
 from enban import open as open_disk
-from enban.jobs.convert import ConvertResult
+from enban.jobs.copier import ConvertResult
 from tests.cli.command import command, enban, environment, refused
 from tests.support import KIB, MIB, make_qcow2, pattern
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from enban.jobs.convert import find_data
+from enban.jobs.copier import find_data
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -12,14 +12,14 @@ import sys
 from ..block.codec import deflater
 from ..errors import HostError, UsageError, from_oserror
 from ..units import align_up
-from .convert import PIECE, READ, ConvertResult, find_data, is_zero
+from .copier import PIECE, READ, ConvertResult, find_data, is_zero
 from .create import prepare_target
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ..block.disk import Disk
     from ..block.gate import Gate
-    from .convert import Sources
+    from .copier import Sources
     from .progress import Report
 
 

@@ -81,7 +81,8 @@ def test_maps_have_no_gaps_and_agree_with_runs() -> None:
                 for start, count, kind, host in runs:
                     assert start == at and count > 0
                     first = node.lookup(start, count)
-                    assert isinstance(first, Extent) and (first.kind, first.host) == (kind, host)
+                    assert isinstance(first, Extent) and first.kind == kind
+                    assert host == first.host or kind == UNALLOCATED  # there: space kept for it
                     at += count
             assert at == offset + length
         disk.close()

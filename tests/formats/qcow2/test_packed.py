@@ -119,7 +119,7 @@ def test_space_of_packed_clusters_is_used_again() -> None:
 
 
 def test_a_cache_of_unpacked_clusters_never_outlives_them() -> None:
-    """Read (which keeps the unpacked cluster), free, reuse the same host place for other packed data, read."""
+    """Read (which keeps the unpacked cluster), free, use the same host place for other data, read."""
     disk, memory = make(64 * KIB, cluster_size=4096)
     seen = set()
     for turn in range(60):
@@ -155,7 +155,7 @@ def test_what_cannot_be_stored_packed() -> None:
 BROKEN = {
     "noise": b"\xff" * 100,
     "empty": b"\0" * 100,
-    "short": zlib.compressobj(9, zlib.DEFLATED, -12).compress(b"x" * 100),
+    "short": (lambda p: p.compress(b"x" * 100) + p.flush())(zlib.compressobj(9, zlib.DEFLATED, -12)),
     "cut": (lambda p: p.compress(pattern(4096)) + p.flush())(zlib.compressobj(9, zlib.DEFLATED, -12))[:700],
 }
 
@@ -183,7 +183,7 @@ def test_broken_packed_data_is_an_error_of_the_data_and_of_nothing_else(name: st
 @pytest.mark.parametrize("codec", ["zlib", "zstd"])
 def test_a_bomb_is_cut_at_one_cluster(codec: str) -> None:
     """A megabyte of packed zeros in a few bytes: never unpacked beyond the cluster."""
-    disk, memory = make(256 * KIB, cluster_size=16384, compression_type=codec)
+    disk, _ = make(256 * KIB, cluster_size=16384, compression_type=codec)
     bomb = deflater(codec)(bytes(32 << 20)) if codec == "zstd" else zlib.compress(bytes(12 << 20), 9)[2:]
     bomb = bomb[:16000]
     drive(disk.door.write_packed(bomb, 0))

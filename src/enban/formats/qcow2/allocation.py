@@ -174,20 +174,20 @@ def reserve_subclusters(
 
 async def new_packed(node: Qcow2Node, length: int) -> HostOffset:
     """Space for packed bytes: after the last ones if that is possible, else in a new cluster.
-    Every host cluster it touches is counted once more."""
+    Every host cluster it touches is counted once more. A new cluster is the first free one; only if
+    that follows the last do the bytes run on into it. So space that became free is used again."""
     refcounts, size = node.refcounts, node.cluster_size
     host = node.packed_end
-    if host % size:
-        shared = host >> node.cluster_bits
-        last = host + length - 1 >> node.cluster_bits
-        if await refcounts.get(shared) < refcounts.largest and (
-            last == shared or await refcounts.claim_free(last)
-        ):
-            await refcounts.add(shared, 1)
-            node.packed_end = host + length
-            return host
-    cluster, _, _ = await refcounts.allocate(1)
-    host = cluster << node.cluster_bits
+    shared = host >> node.cluster_bits
+    may_share = host % size and await refcounts.get(shared) < refcounts.largest
+    if not may_share or host + length - 1 >> node.cluster_bits != shared:
+        cluster, _, _ = await refcounts.allocate(1)
+        if cluster != shared + 1:
+            may_share = False
+        if not may_share:
+            host = cluster << node.cluster_bits
+    if may_share:
+        await refcounts.add(shared, 1)
     node.packed_end = host + length
     return host
 

@@ -374,14 +374,6 @@ class Refcounts:
             self.metadata.add(position << self.cluster_bits)
         return start << self.cluster_bits
 
-    async def claim_free(self, cluster: Cluster) -> bool:
-        """Take one given cluster if it is free (to run packed data on into it)."""
-        block = await self.block(cluster // self.per_block)
-        if block is None or block.counts[cluster % self.per_block]:
-            return False
-        self._claim(block, cluster, 1)
-        return True
-
     async def _add_block(self, index: int, cluster: Cluster) -> None:
         """A refcount block for a range without one, at `cluster` in that range: it counts itself."""
         if index >= len(self.table):

@@ -1,0 +1,423 @@
+"""The copying at the heart of a convert: pieces, threads, and who may allocate when.
+
+The guest range is cut into pieces of a few MiB. Several threads each take the next piece,
+read it, and find what in it is not zero. Space in the target is handed out in the order of
+the pieces (unless `out_of_order`), so the same input gives the same image every time (but for
+compressed clusters: isal's packing may vary by a byte); the bytes themselves move in parallel.
+
+Memory: a few buffers of one piece a thread, whatever the size of the images.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from ..block.codec import deflater
+from ..block.disk import Disk
+from ..block.runtime import drive
+from ..errors import InternalError
+from ..extent import DATA, UNALLOCATED, ZERO
+from ..units import align_down, align_up
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..block.mover import PlannedWrite
+    from ..block.requests import Request
+    from ..extent import Extent
+    from .progress import Report
+
+PIECE = 2 << 20
+
+# What is to be done with a range of the source.
+READ = 1  # it may hold data
+ZEROES = 2  # it reads as zeros
+SKIP = 3  # the target's backing file has it
+
+
+class ConvertResult:
+    """What a convert did. bytes_read, bytes_written: guest bytes; `verified`: the target was read
+    back; `resumed_at`: the guest offset an interrupted run was continued from, or 0."""
+
+    __slots__ = ("bytes_read", "bytes_written", "resumed_at", "size", "verified")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.bytes_read = 0
+        self.bytes_written = 0
+        self.verified = False
+        self.resumed_at = 0
+
+
+class Sources:
+    """One or more disks read as if they stood one after the other."""
+
+    def __init__(self, disks: list[Disk], *, top_only: bool, dense: bool = False) -> None:
+        self.disks = disks
+        self.top_only = top_only
+        self.dense = dense  # zeros are copied like any other data
+        self.starts: list[int] = []
+        self.size = 0
+        for disk in disks:
+            self.size = align_up(self.size, 512)  # each begins at a sector, as in qemu-img
+            self.starts.append(self.size)
+            self.size += disk.size
+
+    def find(self, offset: int) -> tuple[Disk, int]:
+        for disk, start in zip(reversed(self.disks), reversed(self.starts), strict=True):
+            if offset >= start:
+                return disk, start
+        raise InternalError("offset before the first source", hint="please report this")
+
+    def extent(self, offset: int, length: int) -> tuple[int, int]:
+        """(bytes from `offset` that are of one kind, READ, ZEROES or SKIP)."""
+        disk, start = self.find(offset)
+        inside = offset - start
+        if inside >= disk.size:  # rounding behind a source
+            return min([length, *(later - offset for later in self.starts if later > offset)]), ZEROES
+        extent = self.where(disk, inside, min(length, disk.size - inside))
+        if self.top_only and extent.depth:
+            return extent.length, SKIP
+        if self.dense:
+            return extent.length, READ
+        if extent.kind in (ZERO, UNALLOCATED):
+            return extent.length, ZEROES
+        if extent.kind == DATA and extent.storage is not None:
+            hole, n = drive(extent.storage.status(extent.host, extent.length))
+            return n, ZEROES if hole else READ
+        return extent.length, READ
+
+    def where(self, disk: Disk, offset: int, length: int) -> Extent:
+        return drive(disk.door.extent(offset, length))
+
+    def read(self, buffer: memoryview, offset: int) -> None:
+        disk, start = self.find(offset)
+        drive(disk.door.read_into(buffer, offset - start))
+
+
+_zeroes: dict[int, bytearray] = {}
+
+
+def is_zero(view: memoryview) -> bool:
+    """Whether a buffer is all zeros. A bytearray on the left compares at memory speed, the other
+    way round element by element."""
+    zeroes = _zeroes.get(len(view))
+    if zeroes is None:
+        if len(_zeroes) > 8:
+            _zeroes.clear()
+        zeroes = _zeroes[len(view)] = bytearray(len(view))
+    return zeroes == view
+
+
+def find_data(view: memoryview, grain: int) -> list[tuple[int, int]]:
+    """The parts [start, end) of a buffer that are not zero, in units of `grain` bytes.
+
+    A unit whose first byte is not zero needs no further look; only the others are compared.
+    """
+    if is_zero(view):
+        return []
+    found: list[tuple[int, int]] = []
+    start = 0
+    firsts = bytes(view[::grain])
+    position = firsts.find(0)
+    while position >= 0:
+        here = position * grain
+        end = min(here + grain, len(view))
+        if is_zero(view[here:end]):
+            if here > start:
+                found.append((start, here))
+            start = end
+        position = firsts.find(0, position + 1)
+    if start < len(view):
+        found.append((start, len(view)))
+    return found
+
+
+class _Stopped(Exception):
+    """Another thread has failed; this one's piece was not copied."""
+
+
+class _Piece:
+    __slots__ = ("length", "number", "start", "zero")
+
+    def __init__(self, number: int, start: int, length: int, zero: bool) -> None:
+        self.number = number
+        self.start = start
+        self.length = length
+        self.zero = zero  # all of it reads as zeros
+
+
+class Copier:
+    """The state that the threads of one convert share."""
+
+    def __init__(
+        self,
+        sources: Sources,
+        target: Disk,
+        *,
+        size: int,
+        fresh: bool,
+        grain: int,
+        compress: bool,
+        out_of_order: bool,
+        offload: bool,
+        start: int,
+        progress: Report | None,
+        result: ConvertResult,
+    ) -> None:
+        self.sources = sources
+        self.target = target
+        self.size = size
+        # Whether what is not written reads as zeros. Over a backing file it does not.
+        self.reads_zero = fresh and not sources.top_only
+        self.grain = grain
+        self.out_of_order = out_of_order
+        self.offload = offload
+        self.progress = progress
+        self.result = result
+        self.cluster = target.node.cluster_size
+        self.stride = max(PIECE, self.cluster)
+        self.deflate = deflater(target.node.codec) if compress else None
+        self._guard = threading.Lock()
+        self._turn = threading.Condition(self._guard)
+        self._position = start
+        self._number = 0
+        self._next_turn = 0
+        self._running: dict[int, int] = {}  # piece number -> start
+        self.stopped: BaseException | None = None
+
+    # -- handing out pieces ----------------------------------------------------------------
+
+    def next_piece(self) -> _Piece | None:
+        with self._guard:
+            if self.stopped is not None or self._position >= self.size:
+                return None
+            start = self._position
+            end = min(self.size, align_down(start, self.stride) + self.stride)
+            length, kind = self.sources.extent(start, end - start)
+            zero = kind != READ and start + length >= end
+            if zero and end < self.size:  # skip all of a hole at once
+                length, kind = self.sources.extent(start, self.size - start)
+                if kind != READ:
+                    end = start + length
+                    if end < self.size:
+                        end = align_down(end, self.stride)
+            piece = _Piece(self._number, start, end - start, zero)
+            self._number += 1
+            self._position = end
+            self._running[piece.number] = start
+            return piece
+
+    def done(self, piece: _Piece) -> None:
+        with self._guard:
+            del self._running[piece.number]
+            completed = self._completed()
+        if self.progress is not None:
+            self.progress(completed, self.size)
+
+    def completed(self) -> int:
+        """Everything before this guest offset is in the target."""
+        with self._guard:
+            return self._completed()
+
+    def _completed(self) -> int:
+        return min(self._running.values(), default=self._position)
+
+    def stop(self, error: BaseException) -> None:
+        with self._guard:
+            if self.stopped is None:
+                self.stopped = error
+            self._turn.notify_all()
+
+    def _wait_turn(self, piece: _Piece) -> None:
+        """Wait until every earlier piece has its space. Raises _Stopped if the job is over."""
+        with self._guard:
+            while self._next_turn != piece.number and self.stopped is None and not self.out_of_order:
+                self._turn.wait()
+            if self.stopped is not None:
+                raise _Stopped
+
+    def _end_turn(self, piece: _Piece) -> None:
+        if self.out_of_order:
+            return
+        with self._guard:
+            self._next_turn = max(self._next_turn, piece.number + 1)
+            self._turn.notify_all()
+
+    # -- one piece -------------------------------------------------------------------------
+
+    def work(self) -> None:
+        """Copy pieces until there are none; errors go to `stopped`."""
+        buffer = memoryview(bytearray(self.stride))
+        try:
+            while (piece := self.next_piece()) is not None:
+                self._copy(piece, buffer)
+                self.done(piece)
+        except _Stopped:
+            pass
+        except BaseException as error:
+            self.stop(error)
+
+    def _copy(self, piece: _Piece, buffer: memoryview) -> None:
+        if piece.zero:
+            self._wait_turn(piece)
+            self._zero(piece.start, piece.length)
+            self._end_turn(piece)
+            return
+        view = buffer[: piece.length]
+        if self.deflate is not None:
+            self._copy_packed(piece, view)
+        elif self.offload:
+            self._wait_turn(piece)
+            self._copy_in_host(piece, view)
+            self._end_turn(piece)
+        else:
+            self._copy_plain(piece, view)
+
+    def _read(self, piece: _Piece, view: memoryview) -> list[tuple[int, int]]:
+        """Read a piece; the parts of it that hold data, as offsets into `view`."""
+        parts: list[tuple[int, int]] = []
+        position, end = piece.start, piece.start + piece.length
+        while position < end:
+            length, kind = self.sources.extent(position, end - position)
+            if kind == READ:
+                first = position - piece.start
+                self.sources.read(view[first : first + length], position)
+                self.result.bytes_read += length
+                if parts and parts[-1][1] == first:
+                    parts[-1] = (parts[-1][0], first + length)
+                else:
+                    parts.append((first, first + length))
+            position += length
+        return parts
+
+    def _copy_plain(self, piece: _Piece, view: memoryview) -> None:
+        parts = self._read(piece, view)
+        writes: list[tuple[int, int]] = []
+        for first, last in parts:
+            if not self.grain:
+                writes.append((first, last))
+            else:
+                lead = -(piece.start + first) % self.grain  # zeros count only in aligned units
+                if lead and first + lead < last:
+                    writes.extend(
+                        (first + a, first + b) for a, b in find_data(view[first : first + lead], lead)
+                    )
+                    first += lead
+                writes.extend((first + a, first + b) for a, b in find_data(view[first:last], self.grain))
+        door = self.target.door
+        self._wait_turn(piece)
+        plans: list[tuple[PlannedWrite, Request]] = []
+        try:
+            self._zero_between(piece, writes)
+            unit, planned_to = self.target.node.unit, -1
+            for first, last in _joined(writes):
+                if piece.start + first < planned_to:  # in a unit that the plan before holds
+                    drive(door.run_plan(plans.pop()))
+                plans.append(drive(door.plan_write(view[first:last], piece.start + first)))
+                planned_to = align_up(piece.start + last, unit)
+        finally:
+            self._end_turn(piece)
+            for plan in plans:
+                drive(door.run_plan(plan))
+        self.result.bytes_written += sum(last - first for first, last in writes)
+
+    def _zero_between(self, piece: _Piece, writes: list[tuple[int, int]]) -> None:
+        if self.reads_zero:
+            return
+        position = 0
+        for first, last in [*writes, (piece.length, piece.length)]:
+            if first > position:
+                self._zero(piece.start + position, first - position)
+            position = last
+
+    def _zero(self, start: int, length: int) -> None:
+        """Zero a range of the target that nothing was written to, where it does not read so by itself."""
+        end = start + length
+        while start < end and not self.reads_zero:
+            n, kind = self.sources.extent(start, end - start)
+            if kind != SKIP:
+                self.target.write_zeroes(start, n)
+            start += n
+
+    def _copy_packed(self, piece: _Piece, view: memoryview) -> None:
+        deflate, cluster = self.deflate, self.cluster
+        assert deflate is not None
+        view[:] = bytes(len(view))
+        self._read(piece, view)
+        packed: list[tuple[int, bytes | None]] = []
+        for first in range(0, len(view), cluster):
+            data = view[first : first + cluster]
+            if is_zero(data):
+                continue
+            if len(data) < cluster:  # the last cluster of the disk
+                data = memoryview(bytes(data) + bytes(cluster - len(data)))
+            small = deflate(data)
+            packed.append((first, small if len(small) < cluster else None))
+        self._wait_turn(piece)
+        try:
+            for first, small_or_none in packed:
+                if small_or_none is not None:
+                    drive(self.target.door.write_packed(small_or_none, piece.start + first))
+                else:
+                    drive(self.target.door.write(view[first : first + cluster], piece.start + first))
+        finally:
+            self._end_turn(piece)
+        self.result.bytes_written += len(packed) * cluster
+
+    def _copy_in_host(self, piece: _Piece, view: memoryview) -> None:
+        """Copy without moving bytes through this process where source and target are plain files."""
+        position, end = piece.start, piece.start + piece.length
+        target = self.target.node
+        while position < end:
+            length, kind = self.sources.extent(position, end - position)
+            if kind == READ:
+                disk, start = self.sources.find(position)
+                extent = self.sources.where(disk, position - start, length)
+                host = target.locate_write(position, length)
+                copied = 0
+                if extent.kind == DATA and extent.storage is not None and host >= 0:
+                    copied = drive(target.data.copy_from(extent.storage, extent.host, host, length))
+                if copied:
+                    length = copied
+                else:
+                    first = position - piece.start
+                    part = view[first : first + length]
+                    self.sources.read(part, position)
+                    self.target.pwrite(part, position)
+                self.result.bytes_written += length
+            else:
+                self._zero(position, length)
+            position += length
+
+
+def _joined(writes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Adjacent ranges as one."""
+    found: list[tuple[int, int]] = []
+    for first, last in writes:
+        if found and found[-1][1] == first:
+            found[-1] = (found[-1][0], last)
+        else:
+            found.append((first, last))
+    return found
+
+
+def run_workers(copier: Copier, workers: int, checkpoint: Callable[[], None] | None = None) -> None:
+    """Copy everything with `workers` threads; raises what stopped them."""
+    threads = [threading.Thread(target=copier.work, daemon=True) for _ in range(workers)]
+    try:
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            for thread in threads:
+                thread.join(0.2)  # short, so that Ctrl-C is noticed
+            if checkpoint is not None and copier.stopped is None:
+                checkpoint()
+    except BaseException as error:
+        copier.stop(error)
+        for thread in threads:
+            if thread.is_alive():
+                thread.join()
+    if copier.stopped is not None:
+        raise copier.stopped
