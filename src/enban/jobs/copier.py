@@ -14,6 +14,7 @@ import threading
 
 from ..block.codec import deflater
 from ..block.disk import Disk
+from ..block.mover import fill_zeroes
 from ..block.runtime import drive
 from ..errors import InternalError
 from ..extent import DATA, UNALLOCATED, ZERO
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..block.mover import PlannedWrite
+    from ..block.node import Node
     from ..block.requests import Request
     from ..extent import Extent
     from .progress import Report
@@ -58,6 +60,7 @@ class Sources:
         self.top_only = top_only
         self.dense = dense  # zeros are copied like any other data
         self.starts: list[int] = []
+        self.holes: dict[Node, bool] = {}
         self.size = 0
         for disk in disks:
             self.size = align_up(self.size, 512)  # each begins at a sector, as in qemu-img
@@ -83,10 +86,17 @@ class Sources:
             return extent.length, READ
         if extent.kind in (ZERO, UNALLOCATED):
             return extent.length, ZEROES
-        if extent.kind == DATA and extent.storage is not None:
+        if extent.kind == DATA and extent.storage is not None and self._holes(extent.node):
             hole, n = drive(extent.storage.status(extent.host, extent.length))
             return n, ZEROES if hole else READ
         return extent.length, READ
+
+    def _holes(self, node: Node) -> bool:
+        """Whether it pays to ask the storage of a node for holes."""
+        answer = self.holes.get(node)
+        if answer is None:
+            answer = self.holes[node] = drive(node.holes())
+        return answer
 
     def where(self, disk: Disk, offset: int, length: int) -> Extent:
         return drive(disk.door.extent(offset, length))
@@ -96,18 +106,27 @@ class Sources:
         drive(disk.door.read_into(buffer, offset - start))
 
 
+_BLOCK = 1 << 16
 _zeroes: dict[int, bytearray] = {}
 
 
 def is_zero(view: memoryview) -> bool:
-    """Whether a buffer is all zeros. A bytearray on the left compares at memory speed, the other
-    way round element by element."""
-    zeroes = _zeroes.get(len(view))
-    if zeroes is None:
-        if len(_zeroes) > 8:
-            _zeroes.clear()
-        zeroes = _zeroes[len(view)] = bytearray(len(view))
-    return zeroes == view
+    """Whether a buffer is all zeros.
+
+    A bytearray on the left compares at memory speed, the other way round element by element. The
+    zeros to compare with are kept, by length, and short: making large ones anew costs more in page
+    faults than all the comparing.
+    """
+    for start in range(0, len(view), _BLOCK):
+        part = view[start : start + _BLOCK]
+        zeroes = _zeroes.get(len(part))
+        if zeroes is None:
+            if len(_zeroes) > 128:
+                _zeroes.clear()
+            zeroes = _zeroes[len(part)] = bytearray(len(part))
+        if zeroes != part:
+            return False
+    return True
 
 
 def find_data(view: memoryview, grain: int) -> list[tuple[int, int]]:
@@ -344,7 +363,7 @@ class Copier:
     def _copy_packed(self, piece: _Piece, view: memoryview) -> None:
         deflate, cluster = self.deflate, self.cluster
         assert deflate is not None
-        view[:] = bytes(len(view))
+        fill_zeroes(view)
         self._read(piece, view)
         packed: list[tuple[int, bytes | None]] = []
         for first in range(0, len(view), cluster):
