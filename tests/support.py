@@ -21,6 +21,7 @@ from enban.block.runtime import BLOCKING, drive
 from enban.block.storage import Storage
 from enban.extent import Extent
 from enban.formats.qcow2.create import Qcow2Options, write_empty
+from enban.formats.qcow2.node import Qcow2Node
 from enban.formats.qcow2.opening import open_qcow2
 from enban.formats.raw import RawNode
 from enban.storage.file import open_file
@@ -291,3 +292,15 @@ def pattern(length: int, seed: int = 1) -> bytes:
         ((seed & 0xFFFFFF) << 40 | number << 8 | 0xA5).to_bytes(8, "little")
         for number in range(-(-length // 8))
     )[:length]
+
+
+def nothing_remains(door: Door) -> None:
+    """No request is in flight, and no lock, pin or reservation of one that has ended is left."""
+    ledger, node = door.ledger, door.node
+    assert not ledger.in_flight
+    assert ledger.started == ledger.done + ledger.failed + ledger.cancelled
+    assert not len(node.ranges)
+    if isinstance(node, Qcow2Node):
+        assert not node.mutex.held and not node.barrier_mutex.held
+        assert not any(table.pins or table.busy for table in node.cache.tables.values())
+        assert not any(block.busy for block in node.refcounts.blocks.values())

@@ -21,11 +21,19 @@ from enban.block.door import Door
 from enban.block.runtime import BLOCKING, drive
 from enban.errors import ClosedError
 from enban.filters.delay import Delay
-from enban.formats.qcow2.node import Qcow2Node
 from enban.storage.memory import MemoryStorage
 from tests.history import CELL, History
 from tests.qcow2_reader import Qcow2Reader
-from tests.support import KIB, check_bytes, empty_image, make_qcow2, open_memory, pattern, raw_node
+from tests.support import (
+    KIB,
+    check_bytes,
+    empty_image,
+    make_qcow2,
+    nothing_remains,
+    open_memory,
+    pattern,
+    raw_node,
+)
 
 SIZE = 192 * KIB
 IMAGES: dict[str, dict[str, Any]] = {
@@ -77,17 +85,6 @@ async def request(storm: Storm, disk: AsyncDisk, operation: str, offset: int, le
             certain = operation != "discard"
         finally:
             history.end(event, certain=certain)
-
-
-def nothing_remains(door: Door) -> None:
-    ledger, node = door.ledger, door.node
-    assert not ledger.in_flight
-    assert ledger.started == ledger.done + ledger.failed + ledger.cancelled
-    assert not len(node.ranges)
-    if isinstance(node, Qcow2Node):
-        assert not node.mutex.held and not node.barrier_mutex.held
-        assert not any(table.pins or table.busy for table in node.cache.tables.values())
-        assert not any(block.busy for block in node.refcounts.blocks.values())
 
 
 @pytest.mark.parametrize("seed", range(3))
