@@ -9,6 +9,7 @@ certain to have happened.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import count
 
 CELL = 64
@@ -38,9 +39,13 @@ class History:
         self._clock = count(1)
         self._stamps = count(1)
         self.events: list[Event] = []
+        self.tick: Callable[[int], None] | None = None  # told of each moment
 
     def now(self) -> int:
-        return next(self._clock)
+        moment = next(self._clock)
+        if self.tick is not None:
+            self.tick(moment)
+        return moment
 
     def stamp(self) -> bytes:
         """The content of one cell, different each time."""
@@ -56,16 +61,22 @@ class History:
         event.certain = certain
         event.ended = self.now()
 
-    def _by_cell(self) -> list[list[Event]]:
+    def by_cell(self) -> list[list[Event]]:
         cells: list[list[Event]] = [[] for _ in range(len(self.initial) // CELL)]
         for event in self.events:
             for cell in range(event.first, event.last):
                 cells[cell].append(event)
         return cells
 
+    def check_crash(self, content: bytes, flushed: int, now: int, cells: list[list[Event]]) -> None:
+        """content: the whole disk after a power cut at the moment `now`, when the last acknowledged
+        flush had begun at `flushed`; what had ended by then must be there. cells: from `by_cell`."""
+        for cell, events in enumerate(cells):
+            self._check_cell(cell, events, content[cell * CELL : cell * CELL + CELL], flushed, now + 1)
+
     def check(self, content: bytes, reads: list[tuple[int, int, int, bytes]]) -> None:
         """content: the whole disk when nothing runs any more. reads: (began, ended, offset, bytes)."""
-        cells = self._by_cell()
+        cells = self.by_cell()
         end = self.now()
         for cell, events in enumerate(cells):
             self._check_cell(cell, events, content[cell * CELL : cell * CELL + CELL], end, end + 1)

@@ -8,6 +8,7 @@ bytes; a snapshot's bytes never change. A sample is opened by enban, written to 
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from pathlib import Path
 from random import Random
@@ -16,14 +17,25 @@ from typing import TYPE_CHECKING
 import pytest
 
 import enban
+from enban.aio import AsyncDisk, AsyncioRuntime
 from enban.block.runtime import BLOCKING
 from enban.filters import faults, writelog
+from enban.filters.delay import Delay
 from enban.filters.faults import Faults
 from enban.filters.writelog import WriteLog
 from enban.storage.memory import MemoryStorage
 from tests.crash_states import Replay
+from tests.history import CELL, History
 from tests.qcow2_reader import Qcow2Reader
-from tests.support import check_bytes, pattern, qemu_check, qemu_img
+from tests.support import (
+    check_bytes,
+    empty_image,
+    open_memory,
+    pattern,
+    qemu_check,
+    qemu_img,
+    raw_node,
+)
 from tests.workload import IMAGES, Image, Operation, Oracle, open_door, operations, prepare, run_until_error
 
 if TYPE_CHECKING:
@@ -276,3 +288,91 @@ def test_freed_clusters_in_time(tmp_path: Path) -> None:
     explorer.record = log.entries
     explorer.explore(subsets=3, scattered=2, reopen_every=60)
     assert explorer.states > 500
+
+
+# -- many requests at once -------------------------------------------------------------------
+
+CROWDED = [image for image in IMAGES if image.name in ("512", "4k-v2-chain", "16k-ext-chain")]
+
+
+def crowd(image: Image, seed: int) -> tuple[bytes, list[writelog.Entry], History, list[tuple[int, int]]]:
+    """Overlapping requests, some cancelled, on a slow recorded storage: (the image at the start, the
+    record, the history, the flushes as (began, ended) moments)."""
+    size = 48 * 1024
+    start = bytes(empty_image(size, **image.options))
+    history = History(image.backing[:size].ljust(size, b"\0"))
+    flushes: list[tuple[int, int]] = []
+
+    async def request(disk: AsyncDisk, kind: str, offset: int, length: int) -> None:
+        if kind == "flush":
+            began = history.now()
+            await disk.flush()
+            flushes.append((began, history.now()))
+            return
+        value = history.stamp() if kind == "write" else bytes(CELL)
+        event = history.begin(offset, length, value)
+        certain = False
+        try:
+            if kind == "write":
+                await disk.pwrite(value * (length // CELL), offset)
+            elif kind == "zero":
+                await disk.write_zeroes(offset, length)
+            else:
+                await disk.discard(offset, length)
+            certain = kind != "discard"
+        finally:
+            history.end(event, certain=certain)
+
+    async def scenario() -> list[writelog.Entry]:
+        runtime, random = AsyncioRuntime(2), Random(seed)
+        log = WriteLog(Delay(MemoryStorage(runtime, start), seed, most_s=0.0005, share=0.3))
+        history.tick = log.mark
+        below = raw_node(image.backing, runtime) if image.backing else None
+        disk = AsyncDisk(await open_memory(log, backing=below), runtime)
+        for _ in range(4):
+            tasks = []
+            for _ in range(30):
+                kind = random.choices(("write", "zero", "discard", "flush"), (60, 12, 12, 10))[0]
+                length = random.choice((CELL, 512, 1024, 4096, 6 * 1024))
+                offset = random.randrange((size - length) // CELL) * CELL
+                tasks.append(asyncio.create_task(request(disk, kind, offset, length)))
+            for task in tasks[::6]:
+                asyncio.get_running_loop().call_later(random.random() ** 2 * 0.02, task.cancel)
+            await asyncio.gather(*tasks, return_exceptions=True)
+        await request(disk, "flush", 0, 0)
+        await disk.close()
+        return log.entries
+
+    return start, asyncio.run(scenario()), history, flushes
+
+
+@pytest.mark.parametrize("image", CROWDED, ids=repr)
+def test_power_cuts_in_a_crowd(image: Image) -> None:
+    explore_crowd(image, 1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(2, 40))
+@pytest.mark.parametrize("image", CROWDED, ids=repr)
+def test_power_cuts_in_a_crowd_long(image: Image, seed: int) -> None:
+    explore_crowd(image, seed)
+
+
+def explore_crowd(image: Image, seed: int) -> None:
+    start, record, history, flushes = crowd(image, seed)
+    history.tick = None
+    cells, random = history.by_cell(), Random(seed)
+    replay, now, states = Replay(start, record), 0, 0
+    for number, entry in enumerate(replay.steps()):
+        if entry.kind == writelog.MARK:
+            assert isinstance(entry.note, int)
+            now = entry.note
+            continue
+        flushed = max((began for began, ended in flushes if ended <= now), default=0)
+        for state in (replay.everything(), *replay.subsets(random, 2), replay.scattered(random)):
+            reader = Qcow2Reader(state)
+            report = reader.check()
+            assert not report.corruptions, f"entry {number}: {report.corruptions[:4]}"
+            history.check_crash(reader.read(backing=image.backing), flushed, now, cells)
+            states += 1
+    assert states > 300 and len(flushes) > 5

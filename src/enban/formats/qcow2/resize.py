@@ -108,8 +108,8 @@ async def _grow_l1(node: Qcow2Node, entries: int) -> None:
         except BaseException:
             await node.refcounts.release(offset >> node.cluster_bits, clusters)
             raise
-    await node.flush()  # the new place is counted and written before the header names it
     try:
+        await node.flush()  # the new place is counted and written before the header names it
         await node.file.write(entries.to_bytes(4, "big") + offset.to_bytes(8, "big"), 36)
         await node.file.flush()
     except BaseException:
