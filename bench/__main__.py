@@ -24,7 +24,7 @@ GIB = 1 << 30
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description="enban and its peers side by side")
     add = parser.add_argument
-    add("--only", default="", metavar="TEXT", help="cases with TEXT in their name")
+    add("--only", default="", metavar="TEXT", help="the case TEXT, or those with TEXT in their name")
     add("--list", action="store_true", help="show the cases and their commands")
     pairs = os.environ.get("BENCH_PAIRS") or None
     add("--pairs", type=int, default=pairs, help="pairs a case (BENCH_PAIRS; 7, with --growth 3)")
@@ -68,7 +68,8 @@ def show(text: str) -> None:
 
 def run_cases(bench: Bench, only: str, document: dict[str, Any]) -> list[Row]:
     rows = []
-    for case in [case for case in all_cases() if only in case.name]:
+    cases = all_cases()
+    for case in [c for c in cases if c.name == only] or [c for c in cases if only in c.name]:
         row = bench.measure(case)
         rows.append(row)
         document["rows"] = [report.as_json(row) for row in rows]

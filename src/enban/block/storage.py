@@ -95,6 +95,11 @@ class Storage:
     async def allocate(self, offset: HostOffset, length: int) -> None:
         """Reserve space so that later writes to the range do not run out of it; content is kept."""
 
+    def lay_out(self, offset: HostOffset, length: int) -> bool:
+        """Advice: all of this range will be written soon, so its place may be found at once. Neither content
+        nor size change; what is not written after all is given back at `close`. False: no use to ask."""
+        return False
+
     async def status(self, offset: HostOffset, length: int) -> tuple[bool, int]:
         """(reads as zeros for certain, for how many bytes from `offset` on, at least 1)."""
         return False, length

@@ -50,6 +50,7 @@ class FileStorage(Storage):
         self._flush_error: OSError | None = None
         self._direct = -1
         self._bounces: list[mmap] = []
+        self._laid_to = 0  # the end of what `lay_out` asked for
 
     @property
     def identity(self) -> Hashable:
@@ -257,6 +258,16 @@ class FileStorage(Storage):
         except OSError as error:
             raise from_oserror(error, "reserve space", self.name, offset) from error
 
+    def lay_out(self, offset: HostOffset, length: int) -> bool:
+        if self.fixed_size or self._direct >= 0:
+            return False
+        with self._guard:
+            self._laid_to = max(self._laid_to, offset + length)
+        try:
+            return host.lay_out(self._fd, offset, length)
+        except OSError:
+            return False  # a full disk, for one: the write will say so if it needs the room
+
     async def status(self, offset: HostOffset, length: int) -> tuple[bool, int]:
         if offset >= self._size:
             return True, length
@@ -285,6 +296,8 @@ class FileStorage(Storage):
             os.close(direct)
         if fd >= 0:
             try:
+                if self._laid_to > self._size:
+                    os.ftruncate(fd, self._size)
                 os.close(fd)
             except OSError as error:
                 raise from_oserror(error, "close", self.name) from error
