@@ -131,11 +131,16 @@ class Door:
 
     async def write_packed(self, packed: bytes, offset: int) -> None:
         """Store a compressed cluster, packed by the node's codec."""
-        self._check_write(offset, 1)
-        if not self.node.codec or offset % self.node.cluster_size:
+        await self.write_packed_run([packed], offset)
+
+    async def write_packed_run(self, packed: list[bytes], offset: int) -> None:
+        """Store compressed clusters, one after the other from `offset` on."""
+        size = self.node.cluster_size
+        length = min(size * len(packed), self.node.size - offset)
+        self._check_write(offset, max(1, length - size + 1))
+        if not self.node.codec or offset % size:
             raise UsageError("not a place for a compressed cluster", path=self.node.name, offset=offset)
         work = mover.write_packed(self.node, packed, offset)
-        length = min(self.node.cluster_size, self.node.size - offset)
         await self._run(requests.WRITE, offset, length, self._durable(work, False))
 
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool = True, fua: bool = False) -> None:

@@ -290,23 +290,31 @@ async def reads_zero(node: Node, offset: GuestOffset, length: int) -> bool:
     return True
 
 
-async def write_packed(node: Node, packed: bytes, offset: GuestOffset) -> None:
-    """Store one whole unit that is compressed already."""
-    held = await node.ranges.acquire(offset, offset + node.unit)
+async def write_packed(node: Node, units: list[bytes], offset: GuestOffset) -> None:
+    """Store whole units, one after the other from `offset` on, that are compressed already."""
+    held = await node.ranges.acquire(offset, offset + node.unit * len(units))
     try:
-        await node.runtime.finish(_write_packed_locked(node, packed, offset))
+        await node.runtime.finish(_write_packed_locked(node, units, offset))
     finally:
         node.ranges.release(held)
 
 
-async def _write_packed_locked(node: Node, packed: bytes, offset: GuestOffset) -> None:
-    piece = await node.reserve_packed(offset, len(packed))
+async def _write_packed_locked(node: Node, units: list[bytes], offset: GuestOffset) -> None:
+    pieces: list[Piece] = []
     try:
-        await piece.storage.write(packed, piece.host)
+        for number, packed in enumerate(units):
+            pieces.append(await node.reserve_packed(offset + number * node.unit, len(packed)))
+        first = 0
+        for last in range(1, len(pieces) + 1):  # neighbours in the storage go out in one write
+            before = pieces[last - 1]
+            if last == len(pieces) or pieces[last].host != before.host + before.length:
+                together = units[first] if last == first + 1 else b"".join(units[first:last])
+                await before.storage.write(together, pieces[first].host)
+                first = last
     except BaseException:
-        await node.abandon([piece])
+        await node.abandon(pieces)
         raise
-    await node.publish([piece])
+    await node.publish(pieces)
 
 
 async def write_zeroes(node: Node, offset: GuestOffset, length: int, *, unmap: bool = True) -> None:

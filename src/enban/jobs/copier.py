@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..block.mover import PlannedWrite
     from ..block.node import Node
     from ..block.requests import Request
+    from ..block.storage import Storage
     from ..extent import Extent
     from .progress import Report
 
@@ -343,24 +344,23 @@ class Copier:
                 plan = drive(door.plan_write(view[first:last], piece.start + first))
                 plans.append(plan)
                 planned_to = align_up(piece.start + last, unit)
-                self._lay_out(plan[0])
+                for part in plan[0].pieces:
+                    self._lay_out(part.storage, part.host, part.length)
         finally:
             self._end_turn(piece)
             for plan in plans:
                 drive(door.run_plan(plan))
         self.result.bytes_written += sum(last - first for first, last in writes)
 
-    def _lay_out(self, plan: PlannedWrite) -> None:
+    def _lay_out(self, storage: Storage, host: int, length: int) -> None:
         """Tell the target's storage what will be written, in large steps where the file only grows."""
-        for part in plan.pieces:
-            storage, host, length = part.storage, part.host, part.length
-            if length < _LAY_OUT_LEAST or host + length <= self._laid_to:
-                continue
-            if host >= storage.size():
-                length = max(length, _LAY_OUT_STEP)
-                self._laid_to = host + length
-            if not storage.lay_out(host, length):
-                self._laid_to = 1 << 63
+        if length < _LAY_OUT_LEAST or host + length <= self._laid_to:
+            return
+        if host >= storage.size():
+            length = max(length, _LAY_OUT_STEP)
+            self._laid_to = host + length
+        if not storage.lay_out(host, length):
+            self._laid_to = 1 << 63
 
     def _zero_between(self, piece: _Piece, writes: list[tuple[int, int]]) -> None:
         if self.reads_zero:
@@ -385,7 +385,7 @@ class Copier:
         assert deflate is not None
         fill_zeroes(view)
         self._read(piece, view)
-        packed: list[tuple[int, bytes | None]] = []
+        units: list[tuple[int, bytes]] = []  # (offset in the view, packed, or b"" where that saves nothing)
         for first in range(0, len(view), cluster):
             data = view[first : first + cluster]
             if is_zero(data):
@@ -393,17 +393,19 @@ class Copier:
             if len(data) < cluster:  # the last cluster of the disk
                 data = memoryview(bytes(data) + bytes(cluster - len(data)))
             small = deflate(data)
-            packed.append((first, small if len(small) < cluster else None))
+            units.append((first, small if len(small) < cluster else b""))
+        door, file = self.target.door, self.target.node.file
         self._wait_turn(piece)
         try:
-            for first, small_or_none in packed:
-                if small_or_none is not None:
-                    drive(self.target.door.write_packed(small_or_none, piece.start + first))
+            self._lay_out(file, file.size(), self.stride)
+            for first, run in _runs(units, cluster):
+                if run[0]:
+                    drive(door.write_packed_run(run, piece.start + first))
                 else:
-                    drive(self.target.door.write(view[first : first + cluster], piece.start + first))
+                    drive(door.write(view[first : first + len(run) * cluster], piece.start + first))
         finally:
             self._end_turn(piece)
-        self.result.bytes_written += len(packed) * cluster
+        self.result.bytes_written += len(units) * cluster
 
     def _copy_in_host(self, piece: _Piece, view: memoryview) -> None:
         """Copy without moving bytes through this process where source and target are plain files."""
@@ -429,6 +431,19 @@ class Copier:
             else:
                 self._zero(position, length)
             position += length
+
+
+def _runs(units: list[tuple[int, bytes]], cluster: int) -> list[tuple[int, list[bytes]]]:
+    """Neighbours of one kind, packed or plain, together: (offset of the first, their contents)."""
+    found: list[tuple[int, list[bytes]]] = []
+    for first, packed in units:
+        if found:
+            start, run = found[-1]
+            if start + len(run) * cluster == first and bool(run[0]) == bool(packed):
+                run.append(packed)
+                continue
+        found.append((first, [packed]))
+    return found
 
 
 def _joined(writes: list[tuple[int, int]]) -> list[tuple[int, int]]:
