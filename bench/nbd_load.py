@@ -49,13 +49,14 @@ WORKS = {
 def main(arguments: list[str]) -> int:
     name, image, folder, *server = arguments
     work = WORKS[name]
+    only = ["-r"] if work.on == "image" else []  # both serve what is only read read-only
     with tempfile.TemporaryDirectory(dir=folder) as room:
         socket = os.path.join(room, "socket")
         if server == ["qemu-nbd"]:
-            common = ["qemu-nbd", "-f", "qcow2", "-k", socket, "-t", "-e", "16", "--discard=unmap"]
+            common = ["qemu-nbd", "-f", "qcow2", "-k", socket, "-t", "-e", "16", "--discard=unmap", *only]
             commands = [[*common, f"--aio={aio}"] for aio in ("threads", "io_uring")]
         else:
-            commands = [[*server, "serve", "-q", "-k", socket]]
+            commands = [[*server, "serve", "-q", "-k", socket, *only]]
         print(min(measure(work, Path(image), Path(room), command, socket) for command in commands))
     return 0
 

@@ -122,6 +122,27 @@ def test_trim_leaves_zeros_or_what_was_there(tmp_path: Path) -> None:
         assert peer.read(0, MIB) == expected
 
 
+@pytest.mark.parametrize("name", ["raw", "qcow2", "extended", "overlay", "memory"])
+def test_zeroes_that_must_be_fast(tmp_path: Path, name: str) -> None:
+    doors = disks(tmp_path, 4 * MIB)
+    door = doors.pop(name)
+    fast = c.CMD_FLAG_FAST_ZERO
+    with serving(door, folder=tmp_path) as server, server.peer() as peer:
+        peer.write(0, pattern(MIB))
+        expected = bytearray(pattern(MIB))
+        for offset, length in ((64 * KIB, 128 * KIB), (300 * KIB + 7, 200 * KIB), (700 * KIB, 4 * KIB)):
+            answer = peer.try_ask(c.CMD_WRITE_ZEROES, offset, length, fast)
+            inside = door.node.grain <= 4 * KIB or length > 2 * door.node.grain - 1
+            assert answer.error == (0 if inside and name != "memory" else c.ENOTSUP), (offset, length)
+            if not answer.error:
+                expected[offset : offset + length] = bytes(length)
+        assert peer.read(0, MIB) == expected
+        peer.ask(c.CMD_WRITE_ZEROES, 64 * KIB, 128 * KIB)  # without the flag it is done in any case
+        assert not any(peer.read(64 * KIB, 128 * KIB))
+    for other in doors.values():
+        drive(other.close())
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_a_request_larger_than_the_buffers(tmp_path: Path, style: int) -> None:
     path = tmp_path / "d.raw"
@@ -215,6 +236,45 @@ def test_reads_of_cold_data_come_right(tmp_path: Path, monkeypatch: pytest.Monke
             assert peer.collect(transaction).data == pattern(MIB)[n * 8192 + 7 :][:4096]
         monkeypatch.undo()
     assert len(calls) > 32
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_large_reads_of_a_stable_export(
+    tmp_path: Path, format: str, style: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They go out by page, between others that do not; the end of the file and what is not hot too."""
+    content = pattern(3 * MIB + 512, seed=5) + bytes(64 * KIB - 512)
+    disk = tmp_path / "d"
+    if format == "raw":
+        disk.write_bytes(content)
+    else:
+        make_qcow2(disk, len(content))
+        with enban.open(disk, writable=True) as image:
+            image.pwrite(content[: 3 * MIB + 512], 0)
+    chance = random.Random(style)
+    door = open_disk(disk, format=format, writable=format == "raw")
+    assert ServedExport(door).stable
+    sent: list[int] = []
+    send = os.sendfile
+
+    def count(to: int, fd: int, place: int, length: int) -> int:
+        sent.append(length)
+        return send(to, fd, place, length)
+
+    monkeypatch.setattr(os, "sendfile", count)
+    with serving(door, folder=tmp_path) as server, server.peer(style=style) as peer:
+        for _ in range(12):
+            asked = []
+            for _ in range(8):
+                length = chance.choice((512, 4 * KIB, 32 * KIB, 100 * KIB, 256 * KIB, MIB))
+                offset = chance.randrange(len(content) - length) // 512 * 512
+                asked.append((offset, length, peer.send(c.CMD_READ, offset, length)))
+            for offset, length, transaction in asked:
+                assert bytes(peer.collect(transaction).data) == content[offset : offset + length]
+        assert peer.read(0, len(content)) == content
+    assert len(sent) > 20 and min(sent) > 0
+    assert not ServedExport(open_disk(make_qcow2(tmp_path / "w.qcow2", MIB))).stable
 
 
 def test_the_short_cut_ends_where_the_file_does(tmp_path: Path) -> None:

@@ -165,6 +165,10 @@ class Node:
         False: this node cannot, nothing was changed, write zeros instead."""
         return False
 
+    def zeroes_fast(self, *, unmap: bool) -> bool:
+        """Whether `zero` is sure to do it, without writing the zeros one by one."""
+        return False
+
     async def discard(self, offset: GuestOffset, length: int) -> None:
         """Give back the space of a grain-aligned range where that is safe. Afterwards each
         grain reads as zeros or as before, never as something older."""

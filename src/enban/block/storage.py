@@ -85,6 +85,10 @@ class Storage:
             offset += n
             length -= n
 
+    def zeroes_fast(self) -> bool:
+        """Whether `write_zeroes` is sure not to write the zeros one by one."""
+        return False
+
     async def discard(self, offset: HostOffset, length: int) -> None:
         """Advise that a range is not needed; its content is undefined afterwards."""
 

@@ -50,6 +50,9 @@ class Filter(Storage):
     async def flush(self) -> None:
         await self.below.flush()
 
+    def zeroes_fast(self) -> bool:
+        return self.below.zeroes_fast()
+
     async def write_zeroes(self, offset: HostOffset, length: int, *, unmap: bool = True) -> None:
         await self.below.write_zeroes(offset, length, unmap=unmap)
 

@@ -85,6 +85,9 @@ class RawNode(Node):
         await self.file.write_zeroes(self.base + offset, length, unmap=unmap)
         return True
 
+    def zeroes_fast(self, *, unmap: bool) -> bool:
+        return self.file.zeroes_fast()
+
     async def discard(self, offset: GuestOffset, length: int) -> None:
         # Zeros are what a hole reads as; saying so keeps the promise on storages without holes too.
         await self.vet(bytes(min(length, SECTOR)), offset)

@@ -50,6 +50,7 @@ class FileStorage(Storage):
         self._flush_error: OSError | None = None
         self._direct = -1
         self._bounces: list[mmap] = []
+        self._zeroes_fast: bool | None = None  # not asked yet
         self._laid_to = 0  # the end of what `lay_out` asked for
 
     @property
@@ -228,6 +229,14 @@ class FileStorage(Storage):
         if done and end > self._size:
             self._grown(end)
         return done
+
+    def zeroes_fast(self) -> bool:
+        if self._zeroes_fast is None:
+            try:  # a hole behind the end changes nothing
+                self._zeroes_fast = not self.fixed_size and host.punch_hole(self._fd, self._size, 4096)
+            except OSError:
+                self._zeroes_fast = False
+        return self._zeroes_fast
 
     async def discard(self, offset: HostOffset, length: int) -> None:
         length = min(length, self._size - offset)

@@ -10,6 +10,9 @@
 Reads whose pages are not in the page cache are only announced to the host while the rest of
 the batch is answered, and read at its end, so that a disk works on all of them at a time.
 
+Large reads that are in the page cache go from there to the client without a copy, where nothing
+can write over the pages while they wait in the socket for another purpose: see `ServedExport.stable`.
+
 Rules kept: a batch is in the ledger from before its first short cut to after its last, and
 never while the client is waited for. Nothing is allocated for a length that was not checked.
 A reply is sent for every request that was parsed, in any order, unless the client is gone.
@@ -31,6 +34,7 @@ from ...wire.nbd.constants import (
     CMD_BLOCK_STATUS,
     CMD_CACHE,
     CMD_DISC,
+    CMD_FLAG_FAST_ZERO,
     CMD_FLAG_FUA,
     CMD_FLAG_NO_HOLE,
     CMD_FLAG_PAYLOAD_LEN,
@@ -42,6 +46,7 @@ from ...wire.nbd.constants import (
     CMD_WRITE_ZEROES,
     COMMAND_NAMES,
     EINVAL,
+    ENOTSUP,
     EXTENDED,
     REPLY_FLAG_DONE,
 )
@@ -72,12 +77,20 @@ _MOST_MISSES = 8  # spins in vain in a row, then no more until a wait was short
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 _DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 _WAITALL = getattr(socket, "MSG_WAITALL", 0)
+_MORE = getattr(socket, "MSG_MORE", 0)
 _MUCH = 32 << 10
 
 
 def _new_buffer(size: int) -> memoryview:
     """Memory of its own pages: only what is used of it takes room, and all of it goes back at the end."""
     return memoryview(mmap.mmap(-1, size))
+
+
+def _is_cached(fd: int, place: int) -> bool:
+    try:
+        return os.preadv(fd, (bytearray(1),), place, _NOWAIT) == 1
+    except OSError:
+        return False
 
 
 class Spinners:
@@ -129,6 +142,8 @@ class Transmission:
         self._out = _new_buffer(BUFFER)
         self._pos = 0  # end of the replies in _out
         self._nowait = _NOWAIT if host.HAVE_PREADV else 0
+        self._by_page = bool(self._nowait and export.stable and not session.tls and hasattr(os, "sendfile"))
+        self._pages = -1  # a descriptor of our own for what is sent outside the ledger
         self._entry: Request | None = None
         self._hot = 0  # answered by short cuts since _entry was made
         self._leaving = False
@@ -141,6 +156,9 @@ class Transmission:
     def release(self) -> None:
         """Give the buffers back at once, not when the garbage collector comes by."""
         self._in = self._out = memoryview(b"")
+        if self._pages >= 0:
+            os.close(self._pages)
+            self._pages = -1
 
     # -- receiving -------------------------------------------------------------------------
 
@@ -254,6 +272,25 @@ class Transmission:
             self._send()
             self._enter()
 
+    def _send_pages(self, fd: int, place: int, length: int) -> None:
+        """Send what there is, the header of a read last, and its data from the page cache. Like all
+        sending it is not in the ledger, so by a descriptor that nobody else closes."""
+        if self._pages < 0:
+            self._pages = os.dup(fd)
+        self._hot += 1
+        self._leave()
+        end, self._pos = self._pos, 0
+        self.sending = True
+        self._sock.sendall(self._out[:end], _MORE)
+        to = self._sock.fileno()
+        while length and (n := os.sendfile(to, self._pages, place, length)):
+            place += n
+            length -= n
+        if length:  # the file ends here, the disk does not
+            self._sock.sendall(bytes(length))
+        self.sending = False
+        self._enter()
+
     def _need_out(self, size: int) -> None:
         """Have room for a reply of `size` bytes and an error besides."""
         size += MAX_ERROR_REPLY
@@ -277,6 +314,7 @@ class Transmission:
         locate, locate_write = node.locate, node.locate_write
         pack_read, pack_done = self._codec.pack_read_header_into, self._codec.pack_done_into
         preadv, pwrite, write_now = os.preadv, os.pwrite, mover.write_now
+        by_page = _MUCH if self._by_page else session.max_payload + 1
         late: list[ParsedRequest] = []
         source, out, pos = self._in, self._out, self._pos
         hot = 0
@@ -298,6 +336,12 @@ class Transmission:
                     out, pos = self._out, self._pos
                 if kind == CMD_READ:
                     place = locate(base + offset, length)
+                    if place >= 0 and length >= by_page and _is_cached(fd, place + length - 1):
+                        self._pos = pack_read(out, pos, cookie, offset, length)
+                        self._hot += hot
+                        hot = pos = 0
+                        self._send_pages(fd, place, length)
+                        continue
                     if place >= 0:
                         body = pack_read(out, pos, cookie, offset, length)
                         end = body + length
@@ -363,6 +407,10 @@ class Transmission:
         if kind == CMD_BLOCK_STATUS:
             length, contexts, refusal = self._status_wanted(flags, length, payload)
         refusal = refusal or self._session.refusal(flags, kind, offset, length)
+        if kind == CMD_WRITE_ZEROES and flags & CMD_FLAG_FAST_ZERO and not refusal:
+            place, unmap = self._export.base + offset, not flags & CMD_FLAG_NO_HOLE
+            if not self._export.zeroes_fast(place, length, unmap=unmap):
+                refusal = ENOTSUP
         if refusal:
             self._error(cookie, offset, refusal, "")
         else:

@@ -494,6 +494,11 @@ class Qcow2Node(Node):
 
     # -- zero and discard ------------------------------------------------------------------
 
+    def zeroes_fast(self, *, unmap: bool) -> bool:
+        if self.external and not self.data.zeroes_fast():
+            return False
+        return self.header.version >= 3 or (unmap and not self.may_show_backing)
+
     async def zero(self, offset: GuestOffset, length: int, *, unmap: bool) -> bool:
         if self.header.version < 3 and (self.may_show_backing or not unmap):
             return False
