@@ -43,9 +43,9 @@ class ServedExport:
 
     name: "" is the default export. base, size: the slice, in bytes.
     clients: how many connections have entered it.
-    stable: whether a place in the image's file keeps its meaning while the export lives. Replies may then refer
-        to the pages of the file: a write that comes before the client has read its reply is one that the read
-        overlapped, but never bytes that belong to another part of the disk.
+    stable: whether a place in the image's file keeps its meaning while the export lives. Replies may then
+        refer to the pages of the file: a write that comes before the client has read its reply is one
+        that the read overlapped, but never bytes that belong to another part of the disk.
     """
 
     def __init__(
