@@ -10,6 +10,7 @@ each layer imports only what stands lower:
     aio
     jobs, exports                         work on whole disks; how others reach a disk
     catalog                               the table of drivers, the opener
+    temporary                             overlays that vanish
     storage, formats, filters             where bytes rest; how they are arranged; what happens between
     block                                 the engine: contracts, door, requests, locks, mover
     wire                                  pure bytes
@@ -92,6 +93,9 @@ def open(
     cache: str = "writeback",
     gate: Gate = SIBLINGS,
     force_share: bool = False,
+    snapshot: bool = False,
+    snapshot_dir: str | os.PathLike[str] | None = None,
+    snapshot_name: str = "",
 ) -> Disk:
     """Open a disk image and everything below it.
 
@@ -103,6 +107,10 @@ def open(
     gate: which files named inside images may be opened: `SIBLINGS` (plain relative names at or
         below the image's directory), `TRUSTED` (all) or `CLOSED` (none).
     force_share: read an image although another process has it open for writing.
+    snapshot: the disk can be written to, but all of that goes to a temporary overlay and is gone when the
+        disk is closed; the image is only read. `Disk.commit` writes it down into the image after all.
+    snapshot_dir: where the overlay's file goes; it has no name. None: $TMPDIR, else /var/tmp.
+    snapshot_name: show this internal snapshot (id or name), not the present state; read-only.
 
     Raises HostError (LockedError, ...), ImageError, UsageError (GateError, ...).
     """
@@ -112,7 +120,7 @@ def open(
     from .catalog import open_door
     from .errors import UsageError
 
-    if force_share and writable:
+    if force_share and writable and not snapshot:
         raise UsageError("force_share is for reading only")
     reference = path if isinstance(path, dict) else fspath(path)
     return Disk(
@@ -126,6 +134,9 @@ def open(
                 cache=cache,
                 gate=gate,
                 lock=not force_share,
+                snapshot=snapshot,
+                snapshot_dir=None if snapshot_dir is None else fspath(snapshot_dir),
+                snapshot_name=snapshot_name,
             )
         )
     )

@@ -201,6 +201,11 @@ class AsyncDisk:
         """Remove a snapshot (id or name)."""
         await self.door.delete_snapshot(name)
 
+    async def commit(self) -> int:
+        """Of a disk opened with `snapshot=True`: write its changes down into the image, and go on with an
+        empty overlay. Other requests go on meanwhile. Returns the number of bytes written."""
+        return await self.door.commit()
+
     async def close(self) -> None:
         """Let requests in flight end, write out what is in memory, release the files."""
         try:
@@ -231,9 +236,12 @@ async def open(
     cache: str = "writeback",
     gate: Gate = SIBLINGS,
     force_share: bool = False,
+    snapshot: bool = False,
+    snapshot_dir: str | os.PathLike[str] | None = None,
+    snapshot_name: str = "",
 ) -> AsyncDisk:
     """Open a disk image and everything below it; parameters and errors as for `enban.open`."""
-    if force_share and writable:
+    if force_share and writable and not snapshot:
         raise UsageError("force_share is for reading only")
     runtime = AsyncioRuntime()
     try:
@@ -246,6 +254,9 @@ async def open(
             cache=cache,
             gate=gate,
             lock=not force_share,
+            snapshot=snapshot,
+            snapshot_dir=None if snapshot_dir is None else fspath(snapshot_dir),
+            snapshot_name=snapshot_name,
         )
     except BaseException:
         runtime.close()

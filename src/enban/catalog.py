@@ -119,7 +119,7 @@ class Opener:
 
     cache: cache mode of every file. lock: take QEMU's image locks (not for `--force-share`).
     gate: what names found in images may be opened. metadata_only: no guest data will be touched.
-    snapshot: id or name of the internal snapshot to show in place of the top image's active state.
+    snapshot_name: id or name of the internal snapshot to show in place of the top image's active state.
     passphrase: asked, with the image's name, for the passphrase of an encrypted image that has no option
         `encrypt.key-file`.
     """
@@ -132,7 +132,7 @@ class Opener:
         cache: str = "writeback",
         lock: bool = True,
         metadata_only: bool = False,
-        snapshot: str = "",
+        snapshot_name: str = "",
         passphrase: Callable[[str], bytes] | None = None,
     ) -> None:
         self.runtime = runtime
@@ -140,8 +140,9 @@ class Opener:
         self.cache = cache
         self.lock = lock
         self.metadata_only = metadata_only
-        self.snapshot = snapshot
+        self.snapshot_name = snapshot_name
         self.passphrase = passphrase
+        self.heirs_of: dict[str, Storage] = {}  # open storages whose locks go to those opened here, by name
 
     async def open_chain(
         self, reference: str | Options, *, format: str = "", writable: bool = False, backing: bool = True
@@ -200,8 +201,8 @@ class Opener:
                 )
             seen.add(storage.identity)
             node = await self._open_format(storage, options, format, writable)
-            if self.snapshot and len(seen) == 1:
-                await node.show_snapshot(self.snapshot)
+            if self.snapshot_name and len(seen) == 1:
+                await node.show_snapshot(self.snapshot_name)
             return node
         except BaseException:
             await storage.close()
@@ -300,10 +301,17 @@ class Opener:
                 f"driver '{driver}' is not known or needs a filename", hint="use driver=file,filename=..."
             )
         filename = filename.removeprefix("file:")
-        from .storage.file import open_file
+        from .storage.file import FileStorage, open_file
 
+        elder = self.heirs_of.get(filename)
         return open_file(
-            filename, self.runtime, writable=writable, cache=self.cache, lock=self.lock, create=create
+            filename,
+            self.runtime,
+            writable=writable,
+            cache=self.cache,
+            lock=self.lock,
+            create=create,
+            heir_of=elder if isinstance(elder, FileStorage) else None,
         )
 
 
@@ -332,12 +340,61 @@ async def open_door(
     cache: str = "writeback",
     gate: Gate = SIBLINGS,
     lock: bool = True,
-    snapshot: str = "",
+    snapshot: bool = False,
+    snapshot_dir: str | None = None,
+    snapshot_name: str = "",
     passphrase: Callable[[str], bytes] | None = None,
 ) -> Door:
-    """Open a disk with its chain; both faces are made of this."""
-    if snapshot and writable:
+    """Open a disk with its chain; both faces are made of this.
+
+    snapshot: writes go to a temporary overlay (see `temporary`), in a file without a name in
+        `snapshot_dir`; the image is only read. snapshot_name: an internal snapshot to show.
+    """
+    if snapshot_dir and not snapshot:
+        raise UsageError("a directory for the temporary overlay goes with snapshot=True")
+    if snapshot_name and writable and not snapshot:
         raise UsageError("an internal snapshot can only be read")
-    opener = Opener(runtime, gate=gate, cache=cache, lock=lock, snapshot=snapshot, passphrase=passphrase)
+    opener = Opener(
+        runtime, gate=gate, cache=cache, lock=lock, snapshot_name=snapshot_name, passphrase=passphrase
+    )
+    if snapshot:
+        return await _open_temporary(opener, reference, format, backing, snapshot_dir)
     node = await opener.open_chain(reference, format=format, writable=writable, backing=backing)
     return Door(node, writable=writable, writethrough=cache in ("writethrough", "directsync"))
+
+
+async def _open_temporary(
+    opener: Opener, reference: str | Options, format: str, backing: bool, directory: str | None
+) -> Door:
+    from .temporary import Temporary, make_overlay
+
+    base = await opener.open_chain(reference, format=format, backing=backing)
+
+    async def reopen(old: Node) -> Node:
+        """The base once more, for writing; `old` has given its locks to it."""
+        if opener.snapshot_name:
+            raise UsageError("an internal snapshot can only be read", path=old.name)
+        if not opener.lock:
+            raise UsageError("force_share is for reading only", path=old.name)
+        elders = {storage.name: storage for storage in (old.file, old.data)}
+        opener.heirs_of = elders
+        try:
+            return await opener.open_chain(reference, format=format, writable=True, backing=False)
+        except BaseException:
+            for storage in elders.values():
+                try:
+                    await storage.hold(writing=False)
+                except EnbanError:
+                    pass  # the error that led here is the one to report
+            raise
+        finally:
+            opener.heirs_of = {}
+
+    try:
+        node = await make_overlay(base, opener.runtime, directory)
+    except BaseException:
+        await _close_quietly(base)
+        raise
+    door = Door(node, writable=True)
+    door.temporary = Temporary(door, node, reopen)
+    return door

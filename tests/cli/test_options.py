@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from enban.cli import VERBS, load
-from enban.cli.common import human_size, key_values, shown, snapshot_name
+from enban.cli.common import human_size, key_values, shown, snapshot_meant
 from enban.cli.options import WIDTH, Arguments, Flag, Verb, parse
 from enban.errors import UsageError
 from tests.cli.command import enban, refused
@@ -81,13 +81,13 @@ def test_key_values() -> None:
             key_values([wrong])
 
 
-def test_snapshot_names() -> None:
-    assert snapshot_name("before") == "before"
-    assert snapshot_name("snapshot.name=a b") == "a b"
-    assert snapshot_name("snapshot.id=1") == "1"
+def test_snapshot_meants() -> None:
+    assert snapshot_meant("before") == "before"
+    assert snapshot_meant("snapshot.name=a b") == "a b"
+    assert snapshot_meant("snapshot.id=1") == "1"
     for wrong in ("snapshot.id=1,snapshot.name=a", "snapshot.date=1"):
         with pytest.raises(UsageError):
-            snapshot_name(wrong)
+            snapshot_meant(wrong)
 
 
 @pytest.mark.parametrize(

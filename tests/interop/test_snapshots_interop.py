@@ -61,7 +61,7 @@ def test_both_programs_on_one_image(tmp_path: Path, shape: dict[str, object], se
         out = tmp_path / "out.raw"
         qemu_img("convert", "-l", f"snapshot.name={name}", "-O", "raw", path, out)
         assert out.read_bytes() == content
-        with Disk(drive(open_door(str(path), BLOCKING, snapshot=name))) as disk:
+        with Disk(drive(open_door(str(path), BLOCKING, snapshot_name=name))) as disk:
             assert disk.pread(disk.size, 0) == content
 
 

@@ -15,7 +15,7 @@ from .requests import Ledger
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
-    from typing import Any, TypeVar
+    from typing import Any, Protocol, TypeVar
 
     from ..extent import Extent
     from ..wire.qcow2 import SnapshotEntry
@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
+    class Temporary(Protocol):
+        """What `enban.temporary.Temporary` is to its door."""
+
+        async def commit(self) -> int: ...
+
+        def drop(self) -> None: ...
+
 
 class Door:
     """A disk's node behind its checks.
@@ -34,7 +41,17 @@ class Door:
     writethrough: every write is flushed before it is done.
     """
 
-    __slots__ = ("closed", "ledger", "node", "paused", "resizing", "runtime", "writable", "writethrough")
+    __slots__ = (
+        "closed",
+        "ledger",
+        "node",
+        "paused",
+        "resizing",
+        "runtime",
+        "temporary",
+        "writable",
+        "writethrough",
+    )
 
     def __init__(self, node: Node, *, writable: bool, writethrough: bool = False) -> None:
         self.node = node
@@ -45,6 +62,7 @@ class Door:
         self.resizing = Mutex(node.runtime)  # held while the size or all tables change
         self.paused = False  # requests that come now wait for `resizing`
         self.ledger = node.ledger = Ledger(node.runtime)
+        self.temporary: Temporary | None = None  # the node is a temporary overlay
 
     def check(self, offset: int, length: int) -> None:
         if self.closed:
@@ -205,23 +223,23 @@ class Door:
         entry.name, entry.id = name, snapshot_id
         entry.date_s, entry.date_ns = divmod(time_ns(), 10**9)
         async with self.resizing:
-            await self._alone(self.node.create_snapshot(entry))
+            await self.alone(self.node.create_snapshot(entry))
         return entry
 
     async def apply_snapshot(self, name: str) -> None:
         """Go back to an internal snapshot, by id or name; the virtual size becomes that of then."""
         self._check_write(0, 0)
-        await self._with_nothing_in_flight(lambda: self._alone(self.node.apply_snapshot(name)))
+        await self._with_nothing_in_flight(lambda: self.alone(self.node.apply_snapshot(name)))
 
     async def delete_snapshot(self, name: str) -> None:
         """Remove an internal snapshot, by id or name."""
         self._check_write(0, 0)
         async with self.resizing:
-            await self._alone(self.node.delete_snapshot(name))
+            await self.alone(self.node.delete_snapshot(name))
 
-    async def _alone(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do work that changes all tables at once. Allocating writes wait for it; writes in place that
-        were under way have ended when this returns."""
+    async def alone(self, work: Coroutine[Any, Any, None]) -> None:
+        """For who holds `resizing`: do work that changes all tables at once. Allocating writes wait for it;
+        writes in place that were under way have ended when this returns."""
         try:
             held = await self.node.ranges.acquire(0, 1 << 63)
         except BaseException:
@@ -232,6 +250,17 @@ class Door:
         finally:
             self.node.ranges.release(held)
         await self.ledger.drain()
+
+    async def commit(self) -> int:
+        """Write what a temporary overlay holds down into the image, and go on with an empty one, while I/O
+        goes on too. Returns the number of bytes written."""
+        self.check(0, 0)
+        if self.temporary is None:
+            raise UsageError(
+                "the disk has no temporary overlay", path=self.node.name, hint="open it with snapshot=True"
+            )
+        async with self.resizing:
+            return await self.runtime.finish(self.temporary.commit())
 
     async def close(self) -> None:
         """Let requests in flight end, flush, and release every storage of the chain.
@@ -244,8 +273,11 @@ class Door:
         await self.runtime.finish(self._close())
 
     async def _close(self) -> None:
-        await self.ledger.drain()
-        await close_chain(self.node)
+        async with self.resizing:  # whatever changes all tables comes to its end first
+            await self.ledger.drain()
+            if self.temporary is not None:
+                self.temporary.drop()
+            await close_chain(self.node)
 
 
 async def close_chain(node: Node | None) -> None:

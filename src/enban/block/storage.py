@@ -114,6 +114,10 @@ class Storage:
         """Copy inside the host without moving bytes through Python; how many were copied, 0 if it cannot."""
         return 0
 
+    async def hold(self, *, writing: bool) -> None:
+        """Have the image's lock for writing, or go back to that of a reader. For a storage that is open for
+        writing but written only now and then. Raises LockedError."""
+
     async def close(self) -> None:
         """Release the storage. Does not flush."""
 

@@ -61,7 +61,7 @@ def open_disk(
     format: str = "",
     writable: bool = False,
     cache: str = "writeback",
-    snapshot: str = "",
+    snapshot_name: str = "",
 ) -> Disk:
     """Open an image as the flags of a verb say."""
     from enban.block.disk import Disk
@@ -78,7 +78,7 @@ def open_disk(
                 cache=cache,
                 gate=gate(arguments),
                 lock=not arguments.on("-U"),
-                snapshot=snapshot,
+                snapshot_name=snapshot_name,
             )
         )
     )
@@ -146,7 +146,7 @@ def complain(text: str) -> None:
         pass  # nobody listens; the exit code still tells
 
 
-def snapshot_name(text: str) -> str:
+def snapshot_meant(text: str) -> str:
     """The snapshot that -l means: `snapshot.name=x`, `snapshot.id=1`, or a name or id as it is."""
     if not text.startswith("snapshot."):
         return text

@@ -37,7 +37,7 @@ def run(arguments: Arguments) -> int:
             compress=arguments.on("-c"),
             target_exists=arguments.on("-n"),
             sparse_size=parse_size(arguments.text("-S")) if arguments.on("-S") else None,
-            snapshot=common.snapshot_name(arguments.text("-l")),
+            snapshot=common.snapshot_meant(arguments.text("-l")),
             backing=arguments.text("-B"),
             backing_format=arguments.text("-F"),
             source_cache=arguments.text("-T", "writeback"),

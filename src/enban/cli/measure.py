@@ -22,9 +22,9 @@ def run(arguments: Arguments) -> int:
     if arguments.operands:
         if arguments.on("--size"):
             raise UsageError("give --size or an image, not both")
-        snapshot = common.snapshot_name(arguments.text("-l"))
+        snapshot = common.snapshot_meant(arguments.text("-l"))
         with common.open_disk(
-            arguments, arguments.operands[0], format=arguments.text("-f"), snapshot=snapshot
+            arguments, arguments.operands[0], format=arguments.text("-f"), snapshot_name=snapshot
         ) as disk:
             found = measure(target, options, source=disk)
     else:

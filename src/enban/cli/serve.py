@@ -75,9 +75,15 @@ def _settings(arguments: Arguments) -> Settings:
     settings.spin_us = _number(arguments, "--spin-us", settings.spin_us, most=100_000)
     settings.trace = arguments.text("--trace")
     settings.cache = arguments.text("-t", settings.cache)
+    settings.snapshot = arguments.on("--snapshot")
+    settings.snapshot_dir = arguments.text("--snapshot-dir")
     settings.gate = common.gate(arguments)
     if arguments.on("--tls-any-client") and not settings.tls_dir:
         raise UsageError("--tls-any-client needs --tls-dir")
+    if settings.snapshot and settings.read_only:
+        raise UsageError("--snapshot is for exports that take writes", hint="leave out -r")
+    if settings.snapshot_dir and not settings.snapshot:
+        raise UsageError("--snapshot-dir goes with --snapshot")
     return settings
 
 
@@ -95,6 +101,8 @@ VERB = Verb(
     (
         common.FORMAT,
         Flag("-r --read-only", "Take no writes; the images are opened for reading"),
+        Flag("--snapshot", "Take writes, but keep them in a temporary file: at the end they are gone"),
+        Flag("--snapshot-dir", "Where that file goes; it has no name ($TMPDIR, else /var/tmp)", value="DIR"),
         Flag(
             "-x --name",
             "Name of the export; for several images once for each, in order. "
@@ -139,6 +147,7 @@ VERB = Verb(
     examples=(
         ("one disk on a private unix socket", "serve disk.qcow2"),
         ("for a virtual machine", "serve -k /run/vm/disk.sock disk.qcow2"),
+        ("a disk that is as before when it is over", "serve --snapshot -k /run/vm/disk.sock disk.qcow2"),
         ("two disks to the network, with TLS", "serve -p 10809 -b '*' --tls-dir certs a.qcow2 b.qcow2"),
     ),
     notes="The URI of each disk is printed. SIGTERM or Ctrl-C ends: what clients have sent is answered, the "

@@ -68,5 +68,8 @@ class Filter(Storage):
     async def status(self, offset: HostOffset, length: int) -> tuple[bool, int]:
         return await self.below.status(offset, length)
 
+    async def hold(self, *, writing: bool) -> None:
+        await self.below.hold(writing=writing)
+
     async def close(self) -> None:
         await self.below.close()

@@ -119,7 +119,7 @@ def convert(
                             cache=source_cache,
                             gate=gate,
                             lock=not force_share,
-                            snapshot=snapshot,
+                            snapshot_name=snapshot,
                         )
                     )
                 )

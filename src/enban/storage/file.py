@@ -51,6 +51,7 @@ class FileStorage(Storage):
         self._direct = -1
         self._bounces: list[mmap] = []
         self._zeroes_fast: bool | None = None  # not asked yet
+        self._locked = False
         self._laid_to = 0  # the end of what `lay_out` asked for
 
     @property
@@ -298,6 +299,20 @@ class FileStorage(Storage):
             self._grown(offset + n)
         return n
 
+    async def hold(self, *, writing: bool) -> None:
+        if not self._locked:
+            return
+        try:
+            free = host.lock_image(self._fd, writable=writing)
+            if not (free and writing):
+                host.share_image(self._fd)
+            if not free:
+                raise _in_use(self.name, writing=writing)
+        except OSError as error:
+            if isinstance(error, HostError):
+                raise
+            raise from_oserror(error, "lock", self.name) from error
+
     async def close(self) -> None:
         fd, self._fd = self._fd, -1
         direct, self._direct = self._direct, -1
@@ -320,10 +335,13 @@ def open_file(
     cache: str = "writeback",
     lock: bool = True,
     create: bool = False,
+    heir_of: FileStorage | None = None,
 ) -> FileStorage:
     """Open (or create) a local file.
 
     lock: take QEMU's image locks; without them a running guest's image can be read (`--force-share`).
+    heir_of: a storage of the same file, which gives up its locks for this one's; if this fails it has them
+        back. A file that is another one by now is refused.
     Raises HostError (LockedError if another process holds the image) and UsageError.
     """
     if cache not in CACHE_MODES:
@@ -339,18 +357,48 @@ def open_file(
         raise UsageError(f"'{path!r}' cannot be a file name: {error}") from None
     try:
         storage = FileStorage(path, fd, runtime, writable=writable, cache=cache)
-        if lock and not host.lock_image(fd, writable=writable):
-            raise LockedError(
-                "another process is using the image",
+        if heir_of is not None and storage.identity != heir_of.identity:
+            raise HostError(
+                "is not the file any more that was opened under this name",
                 path=path,
-                hint="stop it" if writable else "stop it, or read anyway with --force-share (-U)",
-                errno=errno.EAGAIN,
+                hint="put the file back in its place",
+                errno=errno.ESTALE,
             )
+        if lock:
+            elder = -1 if heir_of is None else heir_of.fileno()
+            if not host.lock_image(fd, writable=writable, instead_of=elder):
+                raise _in_use(path, writing=writable)
+            storage._locked = True
         if cache in ("none", "directsync") and host.HAVE_DIRECT:
             storage.open_direct()
     except OSError as error:
         os.close(fd)
+        if heir_of is not None and lock:
+            host.lock_image(heir_of.fileno(), writable=heir_of.writable)
         if isinstance(error, HostError):
             raise
         raise from_oserror(error, "open", path) from error
     return storage
+
+
+def _in_use(path: str, *, writing: bool) -> LockedError:
+    return LockedError(
+        "another process is using the image",
+        path=path,
+        hint="stop it" if writing else "stop it, or read anyway with --force-share (-U)",
+        errno=errno.EAGAIN,
+    )
+
+
+def open_temporary(directory: str | None, runtime: Runtime, what: str) -> FileStorage:
+    """A new file without a name in `directory` (None: where the host keeps large temporary files). It is
+    gone when it is closed, or when the process ends in whatever way; a flush does nothing.
+
+    what: what it is, for messages. Raises HostError.
+    """
+    where = directory or host.temporary_directory()
+    try:
+        fd = host.open_temporary(where)
+    except OSError as error:
+        raise from_oserror(error, "make a temporary file", where, hint="choose another directory") from error
+    return FileStorage(f"{what} in {where}", fd, runtime, writable=True, cache="unsafe")

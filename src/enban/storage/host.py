@@ -54,6 +54,41 @@ def open_file(path: str, *, writable: bool, create: bool = False, direct: bool =
     return os.open(path, flags, 0o644)
 
 
+def open_temporary(directory: str) -> int:
+    """A descriptor for a new file that has no name, and is gone when the descriptor is closed.
+
+    Where the host cannot make a file without a name, it has one for a moment (on Windows until the end).
+    """
+    common = os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
+    if hasattr(os, "O_TMPFILE"):
+        try:
+            return os.open(directory, common | os.O_TMPFILE, 0o600)
+        except OSError as error:
+            # EISDIR: a kernel that does not know the flag; the others: a file system that cannot.
+            if error.errno not in (*_NOT_HERE, errno.EISDIR):
+                raise
+    path = os.path.join(directory, f".enban-{os.urandom(12).hex()}")
+    on_close = getattr(os, "O_TEMPORARY", 0)
+    fd = os.open(path, common | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | on_close, 0o600)
+    if not on_close:
+        try:
+            os.unlink(path)
+        except BaseException:
+            os.close(fd)
+            raise
+    return fd
+
+
+def temporary_directory() -> str:
+    """Where large temporary files go: $TMPDIR, else /var/tmp (often /tmp is memory), else /tmp's like."""
+    for directory in (os.environ.get("TMPDIR", ""), "/var/tmp"):
+        if directory and os.path.isdir(directory):
+            return directory
+    from tempfile import gettempdir
+
+    return gettempdir()
+
+
 def facts(fd: int) -> tuple[int, bool, tuple[int, ...]]:
     """(size in bytes, whether the size is fixed, what makes this file equal to another)."""
     status = os.fstat(fd)
@@ -239,8 +274,12 @@ _HOLDS, _FORBIDS = 100, 200
 _CONSISTENT_READ, _WRITE, _RESIZE = 0, 1, 3
 
 
-def lock_image(fd: int, *, writable: bool) -> bool:
-    """Take QEMU's locks for the life of the descriptor. False if another process conflicts."""
+def lock_image(fd: int, *, writable: bool, instead_of: int = -1) -> bool:
+    """Take QEMU's locks for the life of the descriptor. False if another process conflicts.
+
+    instead_of: a descriptor of ours for the same file that gives up its locks when these are taken, so
+        that there is no moment without one. Where this says False they are given up as well.
+    """
     if not HAVE_LOCKS:
         return True
     holds = (_CONSISTENT_READ, _WRITE, _RESIZE) if writable else (_CONSISTENT_READ,)
@@ -250,6 +289,9 @@ def lock_image(fd: int, *, writable: bool) -> bool:
     try:
         for byte in taken:
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_RDLCK, byte))
+        if instead_of >= 0:
+            for byte in (*range(_HOLDS, _HOLDS + 5), *range(_FORBIDS, _FORBIDS + 5)):
+                fcntl.fcntl(instead_of, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, byte))
         free = all(
             _lock_type(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte))) == fcntl.F_UNLCK
             for byte in watched
@@ -261,6 +303,17 @@ def lock_image(fd: int, *, writable: bool) -> bool:
             return True  # this file system has no locks
         raise
     return free
+
+
+def share_image(fd: int) -> None:
+    """Of the locks for writing keep those of a reader: others may read, nobody may write."""
+    if HAVE_LOCKS:
+        try:
+            for bit in (_WRITE, _RESIZE):
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, _HOLDS + bit))
+        except OSError as error:
+            if error.errno not in (*_NOT_HERE, errno.ENOLCK):
+                raise
 
 
 def _flock(kind: int, byte: int) -> bytes:

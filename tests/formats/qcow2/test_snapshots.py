@@ -34,7 +34,7 @@ SHAPES = [
 
 def view(path: Path, name: str) -> bytes:
     """A snapshot as the library shows it."""
-    with Disk(drive(open_door(str(path), BLOCKING, snapshot=name))) as disk:
+    with Disk(drive(open_door(str(path), BLOCKING, snapshot_name=name))) as disk:
         return disk.pread(disk.size, 0)
 
 
@@ -319,5 +319,5 @@ def test_live_snapshots_under_asyncio_load(tmp_path: Path) -> None:
 
 
 def _snapshot_bytes(path: Path, name: str) -> bytes:
-    with Disk(drive(open_door(str(path), BLOCKING, snapshot=name, lock=False))) as disk:
+    with Disk(drive(open_door(str(path), BLOCKING, snapshot_name=name, lock=False))) as disk:
         return disk.pread(disk.size, 0)

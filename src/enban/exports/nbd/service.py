@@ -67,6 +67,7 @@ class Settings:
     tcp: listen on TCP; bind: which address, "" this machine alone, "*" all; port: 0 picks one.
     shared: clients at once, 0 for any number. tls_dir: certificates (see storage.tls); "" is plain.
     tls_verify: turn away clients without a certificate of our CA.
+    snapshot: writes go to temporary overlays, in files without a name in snapshot_dir, and vanish.
     idle_s: end after so long without a client, 0 never. spin_us: see `transmission`.
     """
 
@@ -86,6 +87,8 @@ class Settings:
         self.spin_us = SPIN_US
         self.trace = ""
         self.cache = "writeback"
+        self.snapshot = False
+        self.snapshot_dir = ""
         self.gate: Gate = SIBLINGS
 
 
@@ -149,9 +152,11 @@ def _open(one: Wanted, settings: Settings, stack: contextlib.ExitStack, trace: T
             one.reference,
             BLOCKING,
             format=one.format,
-            writable=not settings.read_only,
+            writable=not (settings.read_only or settings.snapshot),
             cache=settings.cache,
             gate=settings.gate,
+            snapshot=settings.snapshot,
+            snapshot_dir=settings.snapshot_dir or None,
         )
     )
     stack.callback(lambda: drive(door.close()))
