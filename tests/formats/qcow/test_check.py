@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from enban.block.codec import deflater
 from enban.block.runtime import BLOCKING, drive
 from enban.errors import UnsupportedOperationError
+from enban.formats.common.findings import CheckResult
 from enban.formats.qcow.check import Checker, Usage
 from enban.formats.qcow.opening import open_qcow
-from enban.formats.qcow2.findings import CheckResult
 from enban.jobs.check import check
 from enban.storage.memory import MemoryStorage
 from tests.qcow_reader import QcowReader

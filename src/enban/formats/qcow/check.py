@@ -15,7 +15,7 @@ from ...block import codec
 from ...errors import CorruptDataError, CorruptImageError
 from ...units import SECTOR
 from ...wire.qcow import COMPRESSED, HEADER, PLACE_UNIT, unpack_compressed
-from ..qcow2.findings import CORRUPTION, ERROR, LEAK, CheckResult, Findings
+from ..common.findings import CORRUPTION, ERROR, LEAK, CheckResult, Findings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
