@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import os
     from typing import Any
 
+    from .block.cipher import Passphrase
     from .jobs.check import check
     from .jobs.commit import commit
     from .jobs.compare import compare
@@ -92,6 +93,7 @@ def open(
     cache: str = "writeback",
     gate: Gate = SIBLINGS,
     force_share: bool = False,
+    passphrase: Passphrase = None,
 ) -> Disk:
     """Open a disk image and everything below it.
 
@@ -103,6 +105,8 @@ def open(
     gate: which files named inside images may be opened: `SIBLINGS` (plain relative names at or
         below the image's directory), `TRUSTED` (all) or `CLOSED` (none).
     force_share: read an image although another process has it open for writing.
+    passphrase: of encrypted images in the chain: text or bytes, or a function that is asked with an
+        image's name. A wrong one cannot be told from the right one: the data then reads as noise.
 
     Raises HostError (LockedError, ...), ImageError, UsageError (GateError, ...).
     """
@@ -126,6 +130,7 @@ def open(
                 cache=cache,
                 gate=gate,
                 lock=not force_share,
+                passphrase=passphrase,
             )
         )
     )

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, TypeVar, TypeVarTuple
 
+    from .block.cipher import Passphrase
     from .block.door import Door
     from .block.node import Node
     from .block.storage import ReadBuffer, WriteBuffer
@@ -231,6 +232,7 @@ async def open(
     cache: str = "writeback",
     gate: Gate = SIBLINGS,
     force_share: bool = False,
+    passphrase: Passphrase = None,
 ) -> AsyncDisk:
     """Open a disk image and everything below it; parameters and errors as for `enban.open`."""
     if force_share and writable:
@@ -246,6 +248,7 @@ async def open(
             cache=cache,
             gate=gate,
             lock=not force_share,
+            passphrase=passphrase,
         )
     except BaseException:
         runtime.close()

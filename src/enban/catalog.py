@@ -16,9 +16,9 @@ from .errors import CorruptImageError, EnbanError, ImageError, UnknownFormatErro
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
+    from .block.cipher import Passphrase
     from .block.gate import Gate
     from .block.node import Node
     from .block.runtime import Runtime
@@ -120,8 +120,8 @@ class Opener:
     cache: cache mode of every file. lock: take QEMU's image locks (not for `--force-share`).
     gate: what names found in images may be opened. metadata_only: no guest data will be touched.
     snapshot: id or name of the internal snapshot to show in place of the top image's active state.
-    passphrase: asked, with the image's name, for the passphrase of an encrypted image that has no option
-        `encrypt.key-file`.
+    passphrase: of encrypted images that have no option `encrypt.key-file`.
+    keyless: open encrypted images without it too; whoever then reads their data gets the error.
     """
 
     def __init__(
@@ -133,7 +133,8 @@ class Opener:
         lock: bool = True,
         metadata_only: bool = False,
         snapshot: str = "",
-        passphrase: Callable[[str], bytes] | None = None,
+        passphrase: Passphrase = None,
+        keyless: bool = False,
     ) -> None:
         self.runtime = runtime
         self.gate = gate
@@ -142,6 +143,7 @@ class Opener:
         self.metadata_only = metadata_only
         self.snapshot = snapshot
         self.passphrase = passphrase
+        self.keyless = keyless
 
     async def open_chain(
         self, reference: str | Options, *, format: str = "", writable: bool = False, backing: bool = True
@@ -235,7 +237,7 @@ class Opener:
                 self.runtime,
                 storage,
                 writable=writable,
-                metadata_only=self.metadata_only,
+                metadata_only=self.metadata_only or self.keyless,
                 passphrase=lambda: self._passphrase(options, name),
             )
         if guessed:
@@ -278,12 +280,12 @@ class Opener:
         return node
 
     def _passphrase(self, options: Options, name: str) -> bytes | None:
+        from .block.cipher import passphrase_for, read_key_file
+
         encrypt = options.get("encrypt")
         if isinstance(encrypt, dict) and "key-file" in encrypt:
-            from .block.cipher import read_key_file
-
             return read_key_file(str(encrypt["key-file"]))
-        return None if self.passphrase is None else self.passphrase(name)
+        return passphrase_for(name, self.passphrase)
 
     async def open_storage(self, options: Options, *, writable: bool, create: bool = False) -> Storage:
         """The storage that options name: a file, or whatever a URI's scheme says."""
@@ -333,11 +335,20 @@ async def open_door(
     gate: Gate = SIBLINGS,
     lock: bool = True,
     snapshot: str = "",
-    passphrase: Callable[[str], bytes] | None = None,
+    passphrase: Passphrase = None,
+    keyless: bool = False,
 ) -> Door:
     """Open a disk with its chain; both faces are made of this."""
     if snapshot and writable:
         raise UsageError("an internal snapshot can only be read")
-    opener = Opener(runtime, gate=gate, cache=cache, lock=lock, snapshot=snapshot, passphrase=passphrase)
+    opener = Opener(
+        runtime,
+        gate=gate,
+        cache=cache,
+        lock=lock,
+        snapshot=snapshot,
+        passphrase=passphrase,
+        keyless=keyless,
+    )
     node = await opener.open_chain(reference, format=format, writable=writable, backing=backing)
     return Door(node, writable=writable, writethrough=cache in ("writethrough", "directsync"))

@@ -76,6 +76,7 @@ def _settings(arguments: Arguments) -> Settings:
     settings.trace = arguments.text("--trace")
     settings.cache = arguments.text("-t", settings.cache)
     settings.gate = common.gate(arguments)
+    settings.passphrase = common.ask_passphrase()
     if arguments.on("--tls-any-client") and not settings.tls_dir:
         raise UsageError("--tls-any-client needs --tls-dir")
     return settings
@@ -130,6 +131,7 @@ VERB = Verb(
         ),
         common.CACHE,
         common.IMAGE_OPTS,
+        common.OBJECT,
         common.UNTRUSTED,
         common.QUIET,
         common.HELP,

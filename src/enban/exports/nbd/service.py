@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
+    from ...block.cipher import Passphrase
     from ...block.door import Door
     from ...block.gate import Gate
 
@@ -66,7 +67,7 @@ class Settings:
     socket_path: the unix socket; "" makes a private one unless tcp or sockets of systemd are used.
     tcp: listen on TCP; bind: which address, "" this machine alone, "*" all; port: 0 picks one.
     shared: clients at once, 0 for any number. tls_dir: certificates (see storage.tls); "" is plain.
-    tls_verify: turn away clients without a certificate of our CA.
+    tls_verify: turn away clients without a certificate of our CA. passphrase: of encrypted images.
     idle_s: end after so long without a client, 0 never. spin_us: see `transmission`.
     """
 
@@ -86,6 +87,7 @@ class Settings:
         self.spin_us = SPIN_US
         self.trace = ""
         self.cache = "writeback"
+        self.passphrase: Passphrase = None
         self.gate: Gate = SIBLINGS
 
 
@@ -152,6 +154,7 @@ def _open(one: Wanted, settings: Settings, stack: contextlib.ExitStack, trace: T
             writable=not settings.read_only,
             cache=settings.cache,
             gate=settings.gate,
+            passphrase=settings.passphrase,
         )
     )
     stack.callback(lambda: drive(door.close()))
