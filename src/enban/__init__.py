@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import os
     from typing import Any
 
+    from .block.cipher import Passphrase
     from .jobs.check import check
     from .jobs.commit import commit
     from .jobs.compare import compare
@@ -96,6 +97,7 @@ def open(
     snapshot: bool = False,
     snapshot_dir: str | os.PathLike[str] | None = None,
     snapshot_name: str = "",
+    passphrase: Passphrase = None,
 ) -> Disk:
     """Open a disk image and everything below it.
 
@@ -111,6 +113,8 @@ def open(
         disk is closed; the image is only read. `Disk.commit` writes it down into the image after all.
     snapshot_dir: where the overlay's file goes; it has no name. None: $TMPDIR, else /var/tmp.
     snapshot_name: show this internal snapshot (id or name), not the present state; read-only.
+    passphrase: of encrypted images in the chain: text or bytes, or a function that is asked with an
+        image's name. A wrong one cannot be told from the right one: the data then reads as noise.
 
     Raises HostError (LockedError, ...), ImageError, UsageError (GateError, ...).
     """
@@ -137,6 +141,7 @@ def open(
                 snapshot=snapshot,
                 snapshot_dir=None if snapshot_dir is None else fspath(snapshot_dir),
                 snapshot_name=snapshot_name,
+                passphrase=passphrase,
             )
         )
     )

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, TypeVar, TypeVarTuple
 
+    from .block.cipher import Passphrase
     from .block.door import Door
     from .block.node import Node
     from .block.storage import ReadBuffer, WriteBuffer
@@ -239,6 +240,7 @@ async def open(
     snapshot: bool = False,
     snapshot_dir: str | os.PathLike[str] | None = None,
     snapshot_name: str = "",
+    passphrase: Passphrase = None,
 ) -> AsyncDisk:
     """Open a disk image and everything below it; parameters and errors as for `enban.open`."""
     if force_share and writable and not snapshot:
@@ -257,6 +259,7 @@ async def open(
             snapshot=snapshot,
             snapshot_dir=None if snapshot_dir is None else fspath(snapshot_dir),
             snapshot_name=snapshot_name,
+            passphrase=passphrase,
         )
     except BaseException:
         runtime.close()

@@ -16,9 +16,9 @@ from .errors import CorruptImageError, EnbanError, ImageError, UnknownFormatErro
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
+    from .block.cipher import Passphrase
     from .block.gate import Gate
     from .block.node import Node
     from .block.runtime import Runtime
@@ -120,8 +120,8 @@ class Opener:
     cache: cache mode of every file. lock: take QEMU's image locks (not for `--force-share`).
     gate: what names found in images may be opened. metadata_only: no guest data will be touched.
     snapshot_name: id or name of the internal snapshot to show in place of the top image's active state.
-    passphrase: asked, with the image's name, for the passphrase of an encrypted image that has no option
-        `encrypt.key-file`.
+    passphrase: of encrypted images that have no option `encrypt.key-file`.
+    keyless: open encrypted images without it too; whoever then reads their data gets the error.
     """
 
     def __init__(
@@ -133,7 +133,8 @@ class Opener:
         lock: bool = True,
         metadata_only: bool = False,
         snapshot_name: str = "",
-        passphrase: Callable[[str], bytes] | None = None,
+        passphrase: Passphrase = None,
+        keyless: bool = False,
     ) -> None:
         self.runtime = runtime
         self.gate = gate
@@ -143,6 +144,7 @@ class Opener:
         self.snapshot_name = snapshot_name
         self.passphrase = passphrase
         self.heirs_of: dict[str, Storage] = {}  # open storages whose locks go to those opened here, by name
+        self.keyless = keyless
 
     async def open_chain(
         self, reference: str | Options, *, format: str = "", writable: bool = False, backing: bool = True
@@ -236,7 +238,7 @@ class Opener:
                 self.runtime,
                 storage,
                 writable=writable,
-                metadata_only=self.metadata_only,
+                metadata_only=self.metadata_only or self.keyless,
                 passphrase=lambda: self._passphrase(options, name),
             )
         if guessed:
@@ -279,12 +281,12 @@ class Opener:
         return node
 
     def _passphrase(self, options: Options, name: str) -> bytes | None:
+        from .block.cipher import passphrase_for, read_key_file
+
         encrypt = options.get("encrypt")
         if isinstance(encrypt, dict) and "key-file" in encrypt:
-            from .block.cipher import read_key_file
-
             return read_key_file(str(encrypt["key-file"]))
-        return None if self.passphrase is None else self.passphrase(name)
+        return passphrase_for(name, self.passphrase)
 
     async def open_storage(self, options: Options, *, writable: bool, create: bool = False) -> Storage:
         """The storage that options name: a file, or whatever a URI's scheme says."""
@@ -343,7 +345,8 @@ async def open_door(
     snapshot: bool = False,
     snapshot_dir: str | None = None,
     snapshot_name: str = "",
-    passphrase: Callable[[str], bytes] | None = None,
+    passphrase: Passphrase = None,
+    keyless: bool = False,
 ) -> Door:
     """Open a disk with its chain; both faces are made of this.
 
@@ -355,7 +358,13 @@ async def open_door(
     if snapshot_name and writable and not snapshot:
         raise UsageError("an internal snapshot can only be read")
     opener = Opener(
-        runtime, gate=gate, cache=cache, lock=lock, snapshot_name=snapshot_name, passphrase=passphrase
+        runtime,
+        gate=gate,
+        cache=cache,
+        lock=lock,
+        snapshot_name=snapshot_name,
+        passphrase=passphrase,
+        keyless=keyless,
     )
     if snapshot:
         return await _open_temporary(opener, reference, format, backing, snapshot_dir)

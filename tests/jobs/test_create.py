@@ -37,7 +37,7 @@ def test_options_are_read_by_kind() -> None:
         ("qcow2", {"refcount_bits": "-1"}, "needs a number"),
         ("qcow2", {"lazy_refcounts": "maybe"}, "is on or off"),
         ("qcow2", {"cluster_size": "big"}, "is not a size"),
-        ("qcow2", {"encrypt.format": "luks"}, "cannot be made yet"),
+        ("qcow2", {"encrypt.format": "luks"}, "has no option 'encrypt.format'; only qcow"),
         ("raw", {"backing_file": "x"}, "cannot have a backing file"),
         ("raw", {"cluster_size": "64k"}, "has no option"),
         ("vmdk", {}, "cannot be made"),

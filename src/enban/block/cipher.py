@@ -13,7 +13,13 @@ from ..units import SECTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..units import GuestOffset
+
+    # What callers may give: the passphrase (text as UTF-8), or a function asked with an image's name that
+    # answers None where it has none.
+    Passphrase = str | bytes | Callable[[str], str | bytes | None] | None
 
 _KEY_BYTES = 16
 _BLOCK = 16
@@ -51,8 +57,14 @@ def no_passphrase(name: str) -> UsageError:
     return UsageError(
         "the image is encrypted and no passphrase was given",
         path=name,
-        hint="give the option encrypt.key-file=FILE",
+        hint="give it as passphrase=, or its file with the option encrypt.key-file=FILE",
     )
+
+
+def passphrase_for(name: str, given: Passphrase) -> bytes | None:
+    """The passphrase of the image `name`, asked for if need be; None if there is none."""
+    answer = given(name) if callable(given) else given
+    return answer.encode("utf-8", "surrogateescape") if isinstance(answer, str) else answer
 
 
 class LegacyAes(Cipher):

@@ -21,6 +21,7 @@ def run(arguments: Arguments) -> int:
             keep=arguments.on("-d"),
             cache=arguments.text("-t", "writeback"),
             gate=common.gate(arguments),
+            passphrase=common.ask_passphrase(),
             progress=progress.update,
         )
     except BaseException:
@@ -43,6 +44,7 @@ VERB = Verb(
         common.FORMAT,
         common.CACHE,
         common.IMAGE_OPTS,
+        common.OBJECT,
         common.UNTRUSTED,
         common.PROGRESS,
         common.QUIET,

@@ -10,6 +10,7 @@ from enban.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from enban.block.disk import Disk
@@ -33,6 +34,11 @@ OUTPUT = Flag("--output", "How to print: human or json", value="FORM", choices=(
 CACHE = Flag("-t", f"Cache mode of the image written: {', '.join(CACHES)}", value="CACHE", choices=CACHES)
 SOURCE_CACHE = Flag("-T", "Cache mode of the images read", value="CACHE", choices=CACHES)
 OPTIONS = Flag("-o", "Options of the new image, name=value,...; `-o help` lists them", value="OPTIONS")
+OBJECT = Flag(
+    "--object",
+    "A passphrase: secret,id=NAME,file=FILE; the option encrypt.key-secret=NAME stands for it",
+    value="OBJECT",
+)
 HELP = Flag("-h --help", "Show this help")
 
 
@@ -45,8 +51,79 @@ def reference(arguments: Arguments, name: str) -> Reference:
 
         if arguments.on("-f"):
             raise UsageError("--image-opts and -f do not go together", hint="give the format as driver=")
-        return parse_image_opts(name)
+        return with_key_files(arguments, parse_image_opts(name))
+    if arguments.on("--object") and name.startswith("json:"):
+        from enban.catalog import parse_reference
+
+        return with_key_files(arguments, parse_reference(name))
     return name
+
+
+def creation_options(arguments: Arguments) -> dict[str, str]:
+    """The options of a new image, given by -o."""
+    options = key_values(arguments.all("-o"))
+    secret = options.pop("encrypt.key-secret", None)
+    if secret is not None:
+        options["encrypt.key-file"] = _key_file(arguments, secret)
+    return options
+
+
+def with_key_files(arguments: Arguments, options: dict[str, Any]) -> dict[str, Any]:
+    """Image options with the file in place of each `encrypt.key-secret`, here and further down."""
+    found: dict[str, Any] = {}
+    for key, value in options.items():
+        if key == "key-secret":
+            found["key-file"] = _key_file(arguments, str(value))
+        else:
+            found[key] = with_key_files(arguments, value) if isinstance(value, dict) else value
+    return found
+
+
+def _key_file(arguments: Arguments, secret: str) -> str:
+    """The file of the secret with this id. Raises UsageError."""
+    for text in arguments.all("--object"):
+        kind, _, rest = text.partition(",")
+        values = key_values([rest]) if rest else {}
+        if kind not in ("secret", "qom-type=secret") or not values.keys() <= {"id", "file", "format"}:
+            raise UsageError(
+                f"--object '{text}' is not known", hint="give a passphrase as secret,id=NAME,file=FILE"
+            )
+        if values.get("id") == secret:
+            if values.get("format", "raw") != "raw" or "file" not in values:
+                raise UsageError(f"secret '{secret}' must be a file with the passphrase as it is")
+            return values["file"]
+    raise UsageError(f"there is no secret '{secret}'", hint=f"add --object secret,id={secret},file=FILE")
+
+
+def ask_passphrase(new: str = "") -> Callable[[str], str | None]:
+    """Asks at the terminal, once for each image; None where there is no terminal. `new`: the image
+    being made, whose passphrase is asked for twice."""
+    answers: dict[str, str] = {}
+
+    def ask(name: str) -> str | None:
+        if name not in answers and sys.stdin is not None and sys.stdin.isatty():
+            from getpass import getpass
+            from os.path import realpath
+
+            answer = getpass(f"Passphrase of {shown(name)}: ")
+            if new and realpath(new) == realpath(name):
+                if not answer:
+                    raise UsageError("an empty passphrase protects nothing", path=name)
+                if getpass("Again: ") != answer:
+                    raise UsageError("the two passphrases differ", path=name)
+            answers[name] = answer
+        return answers.get(name)
+
+    return ask
+
+
+def warn_of(arguments: Arguments, format: str, options: dict[str, str], size: int) -> None:
+    """Say on standard error what there is to say of an image just made."""
+    from enban.jobs.create import creation_warnings
+
+    if not arguments.on("-q"):
+        for line in creation_warnings(format, options, size):
+            complain(f"warning: {line}")
 
 
 def gate(arguments: Arguments) -> Gate:
@@ -62,8 +139,9 @@ def open_disk(
     writable: bool = False,
     cache: str = "writeback",
     snapshot_name: str = "",
+    keyless: bool = False,
 ) -> Disk:
-    """Open an image as the flags of a verb say."""
+    """Open an image as the flags of a verb say. keyless: its data will not be read."""
     from enban.block.disk import Disk
     from enban.block.runtime import BLOCKING, drive
     from enban.catalog import open_door
@@ -79,6 +157,8 @@ def open_disk(
                 gate=gate(arguments),
                 lock=not arguments.on("-U"),
                 snapshot_name=snapshot_name,
+                passphrase=None if keyless else ask_passphrase(),
+                keyless=keyless,
             )
         )
     )

@@ -26,6 +26,7 @@ def run(arguments: Arguments) -> int:
     if len(arguments.operands) < 2:
         raise UsageError("convert needs a source and a target", hint="see: enban convert --help")
     *sources, target = arguments.operands
+    options = common.creation_options(arguments)
     progress = common.progress(arguments, "convert")
     try:
         result = convert(
@@ -33,7 +34,7 @@ def run(arguments: Arguments) -> int:
             _target(arguments, target),
             source_format=arguments.text("-f"),
             target_format=target_format,
-            options=common.key_values(arguments.all("-o")),
+            options=options,
             compress=arguments.on("-c"),
             target_exists=arguments.on("-n"),
             sparse_size=parse_size(arguments.text("-S")) if arguments.on("-S") else None,
@@ -49,6 +50,7 @@ def run(arguments: Arguments) -> int:
             force_share=arguments.on("-U"),
             verify=arguments.on("--verify"),
             resume=arguments.on("--resume"),
+            passphrase=common.ask_passphrase(new="" if arguments.on("-n") else target),
             progress=progress.update,
         )
     except BaseException:
@@ -62,6 +64,8 @@ def run(arguments: Arguments) -> int:
             print(f"resumed: {human_size(result.resumed_at)} were there already", file=stream)
         if result.verified:
             print("verified: the target reads back as the source", file=stream)
+    if not arguments.on("-n"):
+        common.warn_of(arguments, target_format, options, result.size)
     return 0
 
 
@@ -78,7 +82,7 @@ def _target(arguments: Arguments, name: str) -> str:
 
     from enban.catalog import parse_image_opts
 
-    return "json:" + dumps(parse_image_opts(name))
+    return "json:" + dumps(common.with_key_files(arguments, parse_image_opts(name)))
 
 
 def _workers(text: str) -> int | None:
@@ -116,6 +120,7 @@ VERB = Verb(
         common.PROGRESS,
         common.QUIET,
         common.IMAGE_OPTS,
+        common.OBJECT,
         Flag("--target-image-opts", "TARGET is named by options; needs -n"),
         common.FORCE_SHARE,
         common.UNTRUSTED,

@@ -22,7 +22,7 @@ def run(arguments: Arguments) -> int:
     if not arguments.operands:
         raise UsageError("which file is to be made?", hint="see: enban create --help")
     path, *size_text = arguments.operands
-    options = common.key_values(arguments.all("-o"))
+    options = common.creation_options(arguments)
     for flag, name in (("-b", "backing_file"), ("-F", "backing_fmt")):
         if arguments.on(flag):
             if name in options:
@@ -40,6 +40,7 @@ def run(arguments: Arguments) -> int:
         options["size"] = str(size)
         given = " ".join(f"{name}={value}" for name, value in options.items())
         print(f"Formatting '{shown(path)}', fmt={format} {shown(given)}")
+    common.warn_of(arguments, format, options, size)
     return 0
 
 
@@ -52,6 +53,7 @@ VERB = Verb(
         common.OPTIONS,
         Flag("-b", "Backing file, relative to the new image; it also gives the size", value="FILE"),
         Flag("-F", "Format of the backing file", value="FMT"),
+        common.OBJECT,
         Flag("-u", "Do not look at the backing file; then a size is needed"),
         common.UNTRUSTED,
         common.QUIET,

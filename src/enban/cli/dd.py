@@ -52,6 +52,7 @@ VERB = Verb(
         common.FORMAT,
         Flag("-O", "Format of the new image: raw (if not given), qcow2, qcow", value="FMT"),
         common.IMAGE_OPTS,
+        common.OBJECT,
         common.FORCE_SHARE,
         common.UNTRUSTED,
         common.PROGRESS,

@@ -24,7 +24,9 @@ _AT_ONCE = 4096  # lines to a write
 def run(arguments: Arguments) -> int:
     offset = parse_size(arguments.text("--start-offset", "0"))
     length = parse_size(arguments.text("--max-length")) if arguments.on("--max-length") else None
-    with common.open_disk(arguments, arguments.operands[0], format=arguments.text("-f")) as disk:
+    with common.open_disk(
+        arguments, arguments.operands[0], format=arguments.text("-f"), keyless=True
+    ) as disk:
         found = entries(disk, offset, length)
         if arguments.text("--output") == "json":
             _print_lines(_json(found, offset))

@@ -24,7 +24,11 @@ def run(arguments: Arguments) -> int:
             raise UsageError("give --size or an image, not both")
         snapshot = common.snapshot_meant(arguments.text("-l"))
         with common.open_disk(
-            arguments, arguments.operands[0], format=arguments.text("-f"), snapshot_name=snapshot
+            arguments,
+            arguments.operands[0],
+            format=arguments.text("-f"),
+            snapshot_name=snapshot,
+            keyless=True,
         ) as disk:
             found = measure(target, options, source=disk)
     else:

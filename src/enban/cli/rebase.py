@@ -27,6 +27,7 @@ def run(arguments: Arguments) -> int:
             unsafe=arguments.on("-u"),
             cache=arguments.text("-t", "writeback"),
             gate=common.gate(arguments),
+            passphrase=common.ask_passphrase(),
             progress=progress.update,
         )
     except BaseException:
@@ -54,6 +55,7 @@ VERB = Verb(
             choices=common.CACHES,
         ),
         common.IMAGE_OPTS,
+        common.OBJECT,
         common.UNTRUSTED,
         common.PROGRESS,
         common.QUIET,

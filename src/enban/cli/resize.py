@@ -40,6 +40,7 @@ VERB = Verb(
             choices=("off", "metadata", "falloc", "full"),
         ),
         common.IMAGE_OPTS,
+        common.OBJECT,
         common.UNTRUSTED,
         common.QUIET,
         common.HELP,

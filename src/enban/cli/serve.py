@@ -78,6 +78,7 @@ def _settings(arguments: Arguments) -> Settings:
     settings.snapshot = arguments.on("--snapshot")
     settings.snapshot_dir = arguments.text("--snapshot-dir")
     settings.gate = common.gate(arguments)
+    settings.passphrase = common.ask_passphrase()
     if arguments.on("--tls-any-client") and not settings.tls_dir:
         raise UsageError("--tls-any-client needs --tls-dir")
     if settings.snapshot and settings.read_only:
@@ -138,6 +139,7 @@ VERB = Verb(
         ),
         common.CACHE,
         common.IMAGE_OPTS,
+        common.OBJECT,
         common.UNTRUSTED,
         common.QUIET,
         common.HELP,

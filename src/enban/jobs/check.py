@@ -10,7 +10,7 @@ from ..block.gate import SIBLINGS
 from ..block.runtime import BLOCKING, drive
 from ..catalog import Opener
 from ..errors import EnbanError, UnsupportedOperationError, UsageError
-from ..formats.qcow2.findings import CheckResult, Finding
+from ..formats.common.findings import CheckResult, Finding
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

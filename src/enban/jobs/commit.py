@@ -27,6 +27,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from enban.block.cipher import Passphrase
     from enban.block.gate import Gate
     from enban.block.node import Node
     from enban.jobs.progress import Report
@@ -40,12 +41,14 @@ def commit(
     keep: bool = False,
     cache: str = "writeback",
     gate: Gate = TRUSTED,
+    passphrase: Passphrase = None,
     progress: Report | None = None,
 ) -> int:
     """Commit an image into its backing file, or into `base` further down its chain.
 
     keep: leave the overlay's own data in place; with a `base` that is not the next image down it
     always stays, and the images between no longer show what they did.
+    passphrase: of encrypted images, as for `enban.open`.
     Returns the number of guest bytes written to the base.
     Raises UsageError, HostError (LockedError if an image is in use), ImageError.
     """
@@ -53,7 +56,7 @@ def commit(
         raise UsageError(
             "commit goes by the backing files named in the images", hint="leave out option 'backing'"
         )
-    opener = Opener(BLOCKING, gate=gate, cache=cache)
+    opener = Opener(BLOCKING, gate=gate, cache=cache, passphrase=passphrase)
     top = drive(opener.open_chain(reference, format=format, writable=True, backing=False))
     try:
         if not top.backing_name:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
+    from ..block.cipher import Passphrase
     from ..block.gate import Gate
     from .progress import Report
 
@@ -54,6 +55,7 @@ def convert(
     force_share: bool = False,
     verify: bool = False,
     resume: bool = False,
+    passphrase: Passphrase = None,
     progress: Report | None = None,
 ) -> ConvertResult:
     """Copy `sources` (one after the other) to `target`.
@@ -71,6 +73,7 @@ def convert(
         target in guest order. offload: copy inside the host where that is possible (-C).
     verify: read the target back and compare. resume: keep what is done if interrupted, and go on
         from there when called again.
+    passphrase: of encrypted images, sources and target, as for `enban.open`.
 
     Raises UsageError, HostError, ImageError; the target is then as it was before.
     """
@@ -102,7 +105,14 @@ def convert(
                 raise UsageError(f"standard input does not go with {what}", hint="store it in a file first")
 
         return convert_stdin(
-            target, target_format, wanted, cache=target_cache, gate=gate, compress=compress, progress=progress
+            target,
+            target_format,
+            wanted,
+            cache=target_cache,
+            gate=gate,
+            compress=compress,
+            passphrase=passphrase,
+            progress=progress,
         )
     if "-" in references:
         raise UsageError("standard input can only be the one source")
@@ -120,6 +130,7 @@ def convert(
                             gate=gate,
                             lock=not force_share,
                             snapshot_name=snapshot,
+                            passphrase=passphrase,
                         )
                     )
                 )
@@ -133,7 +144,7 @@ def convert(
         run.compress, run.sparse_size, run.offload = compress, sparse_size, offload
         run.workers = min(workers or os.cpu_count() or 1, MAX_WORKERS)
         run.out_of_order, run.cache, run.gate = out_of_order, target_cache, gate
-        run.verify, run.progress = verify, progress
+        run.verify, run.progress, run.passphrase = verify, progress, passphrase
         if target_exists:
             return run.into_existing()
         return run.resumable() if resume else run.new()
@@ -154,6 +165,7 @@ class _Run:
     gate = TRUSTED
     verify = False
     progress: Report | None = None
+    passphrase: Passphrase = None
 
     def __init__(self, sources: Sources, target: str, format: str, options: dict[str, str]) -> None:
         self.sources = sources
@@ -164,7 +176,13 @@ class _Run:
     def new(self) -> ConvertResult:
         size = align_up(self.sources.size, 512)
         target = prepare_target(
-            self.target, self.format, self.options, size=size, cache=self.cache, gate=self.gate
+            self.target,
+            self.format,
+            self.options,
+            size=size,
+            cache=self.cache,
+            gate=self.gate,
+            passphrase=self.passphrase,
         )
         with target:
             copier = self._copier(target.disk, fresh=not target.in_place or self.format != "raw", start=0)
@@ -175,7 +193,13 @@ class _Run:
 
     def into_existing(self) -> ConvertResult:
         door = open_door(
-            self.target, BLOCKING, format=self.format, writable=True, cache=self.cache, gate=self.gate
+            self.target,
+            BLOCKING,
+            format=self.format,
+            writable=True,
+            cache=self.cache,
+            gate=self.gate,
+            passphrase=self.passphrase,
         )
         with Disk(drive(door)) as disk:
             if disk.size < self.sources.size:
@@ -205,6 +229,7 @@ class _Run:
             cache="writeback" if self.cache == "unsafe" else self.cache,
             gate=self.gate,
             resume=start > 0,
+            passphrase=self.passphrase,
         )
         if not target.resumed:
             start = 0

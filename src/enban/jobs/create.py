@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any
 
+    from enban.block.cipher import Passphrase
     from enban.block.gate import Gate
     from enban.block.storage import Storage
     from enban.storage.file import FileStorage
@@ -86,6 +87,10 @@ _OPTIONS: dict[str, tuple[Option, ...]] = {
     "qcow": (
         *_BACKING,
         Option("cluster_size", SIZE, "Size of a cluster, a power of two from 512 to 64K"),
+        Option("encrypt.format", TEXT, "Encrypt the data: aes, which is weak"),
+        Option("encrypt.key-file", TEXT, "File with the passphrase; without it, it is asked for"),
+        Option("encryption", BOOL, "The old way to say encrypt.format=aes"),
+        Option("l2_entries", NUMBER, "Clusters that a table maps, a power of two from 64 to 8192"),
         _SIZE,
     ),
 }
@@ -112,7 +117,10 @@ def read_options(format: str, options: Mapping[str, str]) -> dict[str, Value]:
             if name == "backing_file":
                 raise UsageError(f"an image of format {format} cannot have a backing file")
             if name.startswith("encrypt"):
-                raise UsageError("encrypted images cannot be made yet", hint="leave the option out")
+                raise UsageError(
+                    f"format {format} has no option '{name}'",
+                    hint="only qcow images can be made encrypted, with -o encrypt.format=aes",
+                )
             raise UsageError(f"format {format} has no option '{name}'", hint="list the options with -o help")
         values[name] = row.read(text)
     return values
@@ -178,9 +186,21 @@ def _abandon(disk: Disk) -> None:
 class _MadeOpener(Opener):
     """Opens an image over storages that are open (and locked) already."""
 
-    def __init__(self, made: Mapping[str, Storage], *, gate: Gate, cache: str) -> None:
-        super().__init__(BLOCKING, gate=gate, cache=cache)
-        self._made = dict(made)
+    def __init__(
+        self,
+        outputs: list[Output],
+        *,
+        gate: Gate,
+        cache: str,
+        passphrase: Passphrase,
+        keyless: bool,
+    ) -> None:
+        super().__init__(BLOCKING, gate=gate, cache=cache, passphrase=passphrase, keyless=keyless)
+        self._made: dict[str, Storage] = {output.temporary: output.storage for output in outputs}
+        self._final_names = {output.temporary: output.path for output in outputs}
+
+    def _passphrase(self, options: dict[str, Any], name: str) -> bytes | None:
+        return super()._passphrase(options, self._final_names.get(name, name))
 
     async def open_storage(self, options: dict[str, Any], *, writable: bool, create: bool = False) -> Storage:
         made = self._made.pop(str(options.get("filename")), None)
@@ -197,12 +217,16 @@ def prepare_target(
     gate: Gate = TRUSTED,
     resume: bool = False,
     unchecked: bool = False,
+    passphrase: Passphrase = None,
+    keyless: bool = False,
 ) -> Target:
     """Begin a new image at `path`.
 
     options: as given to -o, without `size`. size: virtual size in bytes, rounded up to whole sectors.
     cache: cache mode of the files made. gate: for names in the backing chain below the one given.
     resume: go on with what an earlier job kept, if it is there. unchecked: do not open the backing file.
+    passphrase: of an encrypted image without option encrypt.key-file, and of its backing files; with
+        `keyless` none is needed, for no data will be written.
     Raises UsageError, HostError (LockedError if the file to be replaced is in use), ImageError.
     """
     values = read_options(format, options)
@@ -226,9 +250,18 @@ def prepare_target(
             _close_outputs(outputs)  # there was nothing, or only a part: begin anew
             outputs.clear()
             return prepare_target(
-                path, format, options, size=size, cache=cache, gate=gate, unchecked=unchecked
+                path,
+                format,
+                options,
+                size=size,
+                cache=cache,
+                gate=gate,
+                unchecked=unchecked,
+                passphrase=passphrase,
+                keyless=keyless,
             )
-        disk = _fill(outputs, format, values, backing, size, gate, cache, unchecked)
+        opener = _MadeOpener(outputs, gate=gate, cache=cache, passphrase=passphrase, keyless=keyless)
+        disk = _fill(outputs, opener, format, values, backing, size, unchecked)
     except BaseException:
         _close_outputs(outputs)
         raise
@@ -245,12 +278,11 @@ def _close_outputs(outputs: list[Output]) -> None:
 
 def _fill(
     outputs: list[Output],
+    opener: Opener,
     format: str,
     values: dict[str, Value],
     backing: dict[str, Any] | None,
     size: int,
-    gate: Gate,
-    cache: str,
     unchecked: bool,
 ) -> Disk:
     """Write an empty image into the outputs' storages and open it."""
@@ -259,10 +291,11 @@ def _fill(
         for output in outputs:
             _size_file(output, format if output is image else "raw", size)
         drive(_write_empty(image.storage, format, size, values))
-    opener = _MadeOpener({output.temporary: output.storage for output in outputs}, gate=gate, cache=cache)
     reference: dict[str, Any] = {"filename": image.temporary}
     if len(outputs) > 1:
         reference["data-file"] = {"filename": outputs[0].temporary}
+    if "encrypt.key-file" in values:
+        reference["encrypt"] = {"key-file": values["encrypt.key-file"]}
     if backing is not None:
         reference["backing"] = backing
     try:
@@ -271,7 +304,7 @@ def _fill(
         if image.resumed:
             raise UsageError(f"cannot resume: {error}", hint="start again without --resume") from error
         raise
-    disk = Disk(Door(node, writable=True, writethrough=cache in ("writethrough", "directsync")))
+    disk = Disk(Door(node, writable=True, writethrough=opener.cache in ("writethrough", "directsync")))
     try:
         if image.resumed:
             if node.size != size:
@@ -301,6 +334,13 @@ def _size_file(output: Output, format: str, size: int) -> None:
         drive(storage.truncate(size))
 
 
+def _keywords(values: Mapping[str, Value]) -> dict[str, Value]:
+    """Options as the arguments of a format's class of options; the size is given apart."""
+    return {
+        name.replace(".", "_").replace("-", "_"): value for name, value in values.items() if name != "size"
+    }
+
+
 def _header(format: str, size: int, values: Mapping[str, Value]) -> Any:
     """The header of an image with these options; None for raw. Raises UsageError."""
     if format == "raw":
@@ -310,7 +350,7 @@ def _header(format: str, size: int, values: Mapping[str, Value]) -> Any:
                 hint="use off, falloc or full",
             )
         return None
-    chosen: Any = dict(values)
+    chosen: Any = _keywords(values)
     if format == "qcow":
         from enban.formats.qcow.create import QcowOptions
 
@@ -318,6 +358,16 @@ def _header(format: str, size: int, values: Mapping[str, Value]) -> Any:
     from enban.formats.qcow2.create import Qcow2Options
 
     return Qcow2Options(size, **chosen).header()
+
+
+def creation_warnings(format: str, options: Mapping[str, str], size: int) -> list[str]:
+    """What whoever makes such an image should know, one line each; options as for `prepare_target`."""
+    if format != "qcow":
+        return []
+    from enban.formats.qcow.create import QcowOptions
+
+    chosen: Any = _keywords(read_options(format, options))
+    return QcowOptions(size, **chosen).warnings()
 
 
 async def _write_empty(storage: FileStorage, format: str, size: int, values: Mapping[str, Value]) -> None:
@@ -378,13 +428,22 @@ def _refuse_self(path: str, backing: dict[str, Any]) -> None:
         pass  # one of them is not there yet, so they differ
 
 
-def open_backing(path: str, name: str, format: str, *, gate: Gate, force_share: bool = False) -> Disk:
+def open_backing(
+    path: str,
+    name: str,
+    format: str,
+    *,
+    gate: Gate,
+    force_share: bool = False,
+    passphrase: Passphrase = None,
+    keyless: bool = False,
+) -> Disk:
     """The backing file that an image at `path` would get, open for reading.
 
     Its format must be said, so that a raw one is never taken for something else later; the error
     tells what it seems to be. Raises UsageError, HostError, ImageError.
     """
-    opener = Opener(BLOCKING, gate=gate, lock=not force_share)
+    opener = Opener(BLOCKING, gate=gate, lock=not force_share, passphrase=passphrase, keyless=keyless)
     disk = Disk(Door(drive(opener.open_chain(backing_reference(path, name, format))), writable=False))
     if not format:
         detected = disk.format
@@ -420,11 +479,13 @@ def create(
         del wanted["size"]
     backing = wanted.get("backing_file", "")
     if backing and not unchecked:
-        with open_backing(path, backing, wanted.get("backing_fmt", ""), gate=gate) as below:
+        with open_backing(path, backing, wanted.get("backing_fmt", ""), gate=gate, keyless=True) as below:
             size = below.size if size is None else size
     if size is None:
         raise UsageError("a new image needs a size", path=path)
-    with prepare_target(path, format, wanted, size=size, gate=gate, unchecked=unchecked) as target:
+    with prepare_target(
+        path, format, wanted, size=size, gate=gate, unchecked=unchecked, keyless=True
+    ) as target:
         made = target.disk.size
         target.commit()
     return made

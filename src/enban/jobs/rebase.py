@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
     from typing import Any
 
+    from enban.block.cipher import Passphrase
     from enban.block.gate import Gate
     from enban.block.node import Node
     from enban.jobs.progress import Report
@@ -43,6 +44,7 @@ def rebase(
     unsafe: bool = False,
     cache: str = "writeback",
     gate: Gate = TRUSTED,
+    passphrase: Passphrase = None,
     progress: Report | None = None,
 ) -> int:
     """Make `backing` the backing file of an image; "" makes the image stand alone.
@@ -50,6 +52,7 @@ def rebase(
     backing: as it will be stored: a relative name starts at the image's directory.
     unsafe: the new file is known to hold the same (it was moved, say); nothing is opened or copied.
     cache: cache mode of the image and of its present backing files.
+    passphrase: of encrypted images, as for `enban.open`.
     Returns the number of guest bytes copied into the image.
     Raises UsageError, HostError (LockedError if a file is in use), ImageError.
     """
@@ -57,7 +60,7 @@ def rebase(
         raise UsageError("a backing format needs a backing file")
     if unsafe and backing and not backing_format:
         raise UsageError("a backing file needs its format", path=backing, hint="add -F FORMAT")
-    opener = Opener(BLOCKING, gate=gate, cache=cache, metadata_only=unsafe)
+    opener = Opener(BLOCKING, gate=gate, cache=cache, metadata_only=unsafe, passphrase=passphrase)
     node = drive(opener.open_chain(reference, format=format, writable=True, backing=not unsafe))
     with Disk(Door(node, writable=True)) as disk:
         if unsafe:
@@ -66,10 +69,12 @@ def rebase(
         if not backing:
             return _switch(disk, None, "", "", progress)
         # Looked at without locks first: the image itself, which we hold, may be in that chain.
-        with open_backing(node.name, backing, backing_format, gate=gate, force_share=True) as new:
+        with open_backing(
+            node.name, backing, backing_format, gate=gate, force_share=True, keyless=True
+        ) as new:
             if node.file.identity in _identities(new.node):
                 raise UsageError("the image itself is below the new backing file", path=node.name)
-        with open_backing(node.name, backing, backing_format, gate=gate) as new:
+        with open_backing(node.name, backing, backing_format, gate=gate, passphrase=passphrase) as new:
             return _switch(disk, new, backing, backing_format, progress)
 
 

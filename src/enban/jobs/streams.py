@@ -17,6 +17,7 @@ from .create import prepare_target
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from ..block.cipher import Passphrase
     from ..block.disk import Disk
     from ..block.gate import Gate
     from .copier import Sources
@@ -60,13 +61,16 @@ def convert_stdin(
     cache: str,
     gate: Gate,
     compress: bool,
+    passphrase: Passphrase = None,
     progress: Report | None,
 ) -> ConvertResult:
     """Read a raw disk from standard input to its end. Its length is rounded up to 512 bytes."""
     if target == "-":
         raise UsageError("one of source and target must be a file")
     buffer = memoryview(bytearray(PIECE))
-    with prepare_target(target, format, options, size=0, cache=cache, gate=gate) as made:
+    with prepare_target(
+        target, format, options, size=0, cache=cache, gate=gate, passphrase=passphrase
+    ) as made:
         disk = made.disk
         if compress and not disk.node.codec:
             raise UsageError(f"format {format} cannot hold compressed clusters", path=target)

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from enban.block.codec import deflater
 from enban.block.runtime import BLOCKING, drive
 from enban.errors import UnsupportedOperationError
+from enban.formats.common.findings import CheckResult
 from enban.formats.qcow.check import Checker, Usage
 from enban.formats.qcow.opening import open_qcow
-from enban.formats.qcow2.findings import CheckResult
 from enban.jobs.check import check
 from enban.storage.memory import MemoryStorage
 from tests.qcow_reader import QcowReader
@@ -66,6 +66,11 @@ def test_a_sound_image() -> None:
 def test_new_images(options: dict[str, Any]) -> None:
     for size in (0, 512, 10 * MIB):
         assert check_memory(memory_qcow(size, **options)).clean
+    if "encrypt_format" not in options:
+        storage = memory_qcow(10 * MIB, **options)
+        with open_disk(storage) as disk:
+            disk.pwrite(b"x", 5 * MIB)
+        assert check_memory(storage).clean  # what fills up the L1 table is no leak
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 import enban
 from enban.errors import CorruptImageError, HostError, UnsupportedOperationError, UsageError
+from enban.formats.common.findings import BEYOND_QEMU, MOST_KEPT, SEVERITY, CheckResult, Findings
+from enban.formats.common.tables import to_big_endian
 from enban.formats.qcow2.check_counts import Counts, decode, encode
 from enban.formats.qcow2.check_tables import RunTemplate
-from enban.formats.qcow2.findings import BEYOND_QEMU, MOST_KEPT, SEVERITY, CheckResult, Findings
-from enban.formats.qcow2.tables import to_big_endian
 from enban.jobs import check as job
 from tests.damage import COMPRESSED, COPIED, OFFSET, SHAPES, Map, check, damage, make_image
 from tests.qcow2_reader import Qcow2Reader

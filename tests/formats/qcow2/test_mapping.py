@@ -10,7 +10,7 @@ import enban
 from enban.block.runtime import BLOCKING, drive
 from enban.errors import CorruptImageError
 from enban.extent import COMPRESSED, DATA, UNALLOCATED, ZERO, Extent
-from enban.formats.qcow2.mapping import BATCH
+from enban.formats.common.progressions import BATCH
 from enban.formats.qcow2.node import Qcow2Node
 from enban.storage.memory import MemoryStorage
 from tests.support import KIB, MIB, empty_image, open_memory, pattern, raw_node

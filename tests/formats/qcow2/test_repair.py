@@ -17,9 +17,9 @@ from enban.errors import CorruptImageError, HostError, NoSpaceError
 from enban.filters.base import Filter
 from enban.filters.faults import Call, Fault, Faults
 from enban.filters.writelog import WriteLog
+from enban.formats.common.findings import SEVERITY, CheckResult
 from enban.formats.qcow2 import repair as repairing
 from enban.formats.qcow2.check import Checker
-from enban.formats.qcow2.findings import SEVERITY, CheckResult
 from enban.formats.qcow2.node import Qcow2Node
 from enban.formats.qcow2.repair import repair_dirty, repair_image
 from enban.jobs import check as job

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
+    from ...block.cipher import Passphrase
     from ...block.door import Door
     from ...block.gate import Gate
 
@@ -66,7 +67,7 @@ class Settings:
     socket_path: the unix socket; "" makes a private one unless tcp or sockets of systemd are used.
     tcp: listen on TCP; bind: which address, "" this machine alone, "*" all; port: 0 picks one.
     shared: clients at once, 0 for any number. tls_dir: certificates (see storage.tls); "" is plain.
-    tls_verify: turn away clients without a certificate of our CA.
+    tls_verify: turn away clients without a certificate of our CA. passphrase: of encrypted images.
     snapshot: writes go to temporary overlays, in files without a name in snapshot_dir, and vanish.
     idle_s: end after so long without a client, 0 never. spin_us: see `transmission`.
     """
@@ -89,6 +90,7 @@ class Settings:
         self.cache = "writeback"
         self.snapshot = False
         self.snapshot_dir = ""
+        self.passphrase: Passphrase = None
         self.gate: Gate = SIBLINGS
 
 
@@ -157,6 +159,7 @@ def _open(one: Wanted, settings: Settings, stack: contextlib.ExitStack, trace: T
             gate=settings.gate,
             snapshot=settings.snapshot,
             snapshot_dir=settings.snapshot_dir or None,
+            passphrase=settings.passphrase,
         )
     )
     stack.callback(lambda: drive(door.close()))

@@ -16,12 +16,11 @@ asked for the barrier; a later barrier writes all of it again.
 
 from __future__ import annotations
 
-from ..qcow2.barrier import runs
-from ..qcow2.tables import SECTOR_ENTRIES, to_big_endian
+from ..common.tables import SECTOR_ENTRIES, sector_runs, to_big_endian
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..qcow2.tables import L2Table
+    from ..common.tables import L2Table
     from .node import QcowNode
 
 
@@ -42,14 +41,14 @@ class Changes:
             else:
                 self.second.extend(
                     (table.offset + start, to_big_endian(table.entries, start // 8, end // 8))
-                    for start, end in runs(table.dirty)
+                    for start, end in sector_runs(table.dirty)
                 )
             self.tables.append((index, table, table.dirty, table.fresh))
             table.busy += 1
             table.dirty = set()
             table.fresh = False
         cache.dirty.clear()
-        for start, end in runs({index // SECTOR_ENTRIES for index in self.l1}):
+        for start, end in sector_runs({index // SECTOR_ENTRIES for index in self.l1}):
             self.second.append((node.header.l1_offset + start, to_big_endian(node.l1, start // 8, end // 8)))
 
     def done(self) -> None:

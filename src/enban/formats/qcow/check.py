@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from ...block import codec
 from ...errors import CorruptDataError, CorruptImageError
-from ...units import SECTOR
+from ...units import SECTOR, align_up
 from ...wire.qcow import COMPRESSED, HEADER, PLACE_UNIT, unpack_compressed
-from ..qcow2.findings import CORRUPTION, ERROR, LEAK, CheckResult, Findings
+from ..common.findings import CORRUPTION, ERROR, LEAK, CheckResult, Findings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -238,8 +238,12 @@ class Checker:
         usage, cluster = self._usage, self.node.cluster_size
         position = usage.low
         limit = min(usage.high, self._file_size)
+        # New images have their L1 table filled up to whole sectors, wherever it begins.
+        l1_offset, l1_bytes = self.node.header.l1_offset, len(self.node.l1) * 8
         for start, end in [*usage.runs, (limit, limit)]:
             gap_end = min(start, limit)
+            if position == l1_offset + l1_bytes:
+                position = min(gap_end, l1_offset + align_up(l1_bytes, SECTOR))
             length = gap_end - position
             padding = length < SECTOR or (length < cluster and not gap_end % cluster)
             if length > 0 and not padding:

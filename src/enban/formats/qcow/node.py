@@ -28,8 +28,8 @@ from ...wire.qcow import (
     pack_compressed,
     unpack_compressed,
 )
-from ..qcow2.mapping import run_ahead
-from ..qcow2.tables import L2Table, TableCache, from_big_endian, to_big_endian
+from ..common.progressions import run_ahead
+from ..common.tables import L2Table, TableCache, from_big_endian, to_big_endian
 from .barrier import barrier
 
 TYPE_CHECKING = False

@@ -7,7 +7,7 @@ from array import array
 from ...block.cipher import LegacyAes, MissingKey, no_passphrase
 from ...errors import CorruptImageError
 from ...wire.qcow import HEADER, Header, parse_header
-from ..qcow2.tables import from_big_endian
+from ..common.tables import from_big_endian
 from .node import QcowNode
 
 TYPE_CHECKING = False

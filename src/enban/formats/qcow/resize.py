@@ -14,7 +14,7 @@ from ...block import mover
 from ...errors import UsageError
 from ...units import SECTOR, align_up
 from ...wire.qcow import L1_AT, SIZE_AT
-from ..qcow2.tables import to_big_endian
+from ..common.tables import to_big_endian
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

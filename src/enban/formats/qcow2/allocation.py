@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from ...block.node import Piece
 from ...wire.qcow2 import ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, SUBCLUSTERS
+from ..common.tables import L2Table
 from .mapping import bad_entry, subcluster_kind
-from .tables import L2Table
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

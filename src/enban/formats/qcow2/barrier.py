@@ -20,16 +20,14 @@ asked for the barrier; a later barrier writes all of it again.
 
 from __future__ import annotations
 
-from .tables import SECTOR_ENTRIES, to_big_endian
+from ..common.tables import SECTOR_ENTRIES, sector_runs, to_big_endian
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ...block.storage import Storage
+    from ..common.tables import L2Table
     from .node import Qcow2Node
     from .refcounts import Block
-    from .tables import L2Table
-
-SECTOR = 512
 
 
 class Changes:
@@ -64,7 +62,7 @@ class Changes:
             else:
                 self.first.extend(
                     (block.offset + start, block.counts.big_endian(start, end))
-                    for start, end in runs(block.dirty)
+                    for start, end in sector_runs(block.dirty)
                 )
             self.blocks.append((block, block.dirty, block.fresh))
             block.busy += 1
@@ -76,7 +74,7 @@ class Changes:
             self.second.append((48, offset.to_bytes(8, "big") + clusters.to_bytes(4, "big")))
         else:
             base = node.header.refcount_table_offset
-            for start, end in runs({index // SECTOR_ENTRIES for index in self.table_entries}):
+            for start, end in sector_runs({index // SECTOR_ENTRIES for index in self.table_entries}):
                 self.second.append((base + start, to_big_endian(refcounts.table, start // 8, end // 8)))
         refcounts.table_dirty.clear()
 
@@ -89,14 +87,14 @@ class Changes:
             else:
                 self.third.extend(
                     (table.offset + start, to_big_endian(table.entries, start // 8, end // 8))
-                    for start, end in runs(table.dirty)
+                    for start, end in sector_runs(table.dirty)
                 )
             self.tables.append((index, table, table.dirty, table.fresh))
             table.busy += 1
             table.dirty = set()
             table.fresh = False
         cache.dirty.clear()
-        for start, end in runs({index // SECTOR_ENTRIES for index in self.l1}):
+        for start, end in sector_runs({index // SECTOR_ENTRIES for index in self.l1}):
             self.third.append((node.header.l1_offset + start, to_big_endian(node.l1, start // 8, end // 8)))
         node.l1_dirty.clear()
 
@@ -137,18 +135,6 @@ class Changes:
             else:  # outgrown before it came into use
                 offset, clusters = self.moved
                 node.unlinked.append((offset >> node.cluster_bits, clusters, 0))
-
-
-def runs(sectors: set[int]) -> list[tuple[int, int]]:
-    """Byte ranges [start, end) covering a set of sector numbers, adjacent ones joined."""
-    found: list[tuple[int, int]] = []
-    for sector in sorted(sectors):
-        start = sector * SECTOR
-        if found and found[-1][1] == start:
-            found[-1] = (found[-1][0], start + SECTOR)
-        else:
-            found.append((start, start + SECTOR))
-    return found
 
 
 async def barrier(node: Qcow2Node) -> None:

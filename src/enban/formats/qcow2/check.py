@@ -24,12 +24,11 @@ from __future__ import annotations
 from ...errors import UnsupportedFeatureError
 from ...units import align_up
 from ...wire.qcow2 import COMPRESSED, COPIED, CORRUPT, DIRTY, L1_RESERVED, L2_RESERVED, OFFSET_MASK
-from .barrier import runs
+from ..common.findings import CORRUPTION, ERROR, LEAK, CheckResult, Findings
+from ..common.tables import SECTOR_ENTRIES, from_big_endian, sector_runs, to_big_endian
 from .check_counts import Counts, Difference, decode, encode, parts
 from .check_layout import CHUNK, Image, Layout, sound
 from .check_tables import UNKNOWN, RunTemplate, Tally, scan_table, wrong_flags
-from .findings import CORRUPTION, ERROR, LEAK, CheckResult, Findings
-from .tables import SECTOR_ENTRIES, from_big_endian, to_big_endian
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -540,7 +539,7 @@ class Checker:
                     if fix:
                         buffer[(row << bits) + position] ^= COPIED >> 56
                 if fix:
-                    for start, end in runs(sectors):
+                    for start, end in sector_runs(sectors):
                         await image.file.write(
                             buffer[(row << bits) + start : (row << bits) + end], offset + start
                         )
@@ -588,7 +587,7 @@ class Checker:
         wrong = [index for index in wrong if sound(image, layout.l1[index], L1_RESERVED)]
         for index in wrong:
             layout.l1[index] ^= COPIED
-        for first, end in runs({index // SECTOR_ENTRIES for index in wrong}):
+        for first, end in sector_runs({index // SECTOR_ENTRIES for index in wrong}):
             await image.file.write(to_big_endian(layout.l1, first // 8, end // 8), start + first)
         return len(wrong)
 

@@ -27,8 +27,8 @@ from ...wire.qcow2 import (
     parse_bitmap_directory,
     parse_bitmaps_extension,
 )
+from ..common.tables import from_big_endian
 from .check_counts import sweep
-from .tables import from_big_endian
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from ...units import Cluster, HostOffset
-    from .findings import Findings
+    from ..common.findings import Findings
     from .node import Qcow2Node
 
 CHUNK = 1 << 20

@@ -17,14 +17,14 @@ from ...wire.qcow2 import (
     OFFSET_MASK,
     unpack_compressed,
 )
-from .tables import to_big_endian
+from ..common.tables import to_big_endian
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ...units import Cluster, HostOffset
+    from ..common.findings import Findings
     from .check_counts import Counts
     from .check_layout import Image
-    from .findings import Findings
 
 
 UNKNOWN = 2  # in place of whether a refcount is 1, where it cannot be read

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...units import align_down, align_up
 from ...wire.qcow2 import ALL_ZERO, COMPRESSED, OFFSET_MASK
-from .tables import L2Table
+from ..common.tables import L2Table
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -41,12 +41,12 @@ from ...wire.qcow2 import (
     pack_compressed,
     unpack_compressed,
 )
+from ..common.tables import L2Table, TableCache, from_big_endian, to_big_endian
 from .allocation import Link, link_entries, new_packed, reserve_extended, reserve_standard, undo
 from .barrier import barrier
 from .clearing import clear
 from .mapping import bad_entry, lookup_extended, lookup_standard
 from .refcounts import Refcounts
-from .tables import L2Table, TableCache, from_big_endian, to_big_endian
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from ...wire.qcow2 import (
     parse_header,
     parse_snapshots,
 )
+from ..common.tables import from_big_endian
 from .node import Qcow2Node
-from .tables import from_big_endian
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

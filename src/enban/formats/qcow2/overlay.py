@@ -15,11 +15,11 @@ it was.
 from __future__ import annotations
 
 from ...wire.qcow2 import COPIED, OFFSET_MASK, SnapshotEntry
+from ..common.tables import L2Table
 from .barrier import barrier
 from .create import Qcow2Options, write_empty
 from .opening import open_qcow2
 from .snapshots import delete
-from .tables import L2Table
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

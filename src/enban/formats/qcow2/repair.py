@@ -22,7 +22,7 @@ from __future__ import annotations
 from array import array
 
 from ...errors import CorruptImageError, NoSpaceError, UnsupportedFeatureError
-from ...units import align_up
+from ...units import SECTOR, align_up
 from ...wire.qcow2 import (
     AUTOCLEAR_RAW_DATA,
     CORRUPT,
@@ -30,16 +30,15 @@ from ...wire.qcow2 import (
     MAX_REFCOUNT_TABLE_BYTES,
     OFFSET_MASK,
 )
-from .barrier import SECTOR, runs
+from ..common.findings import CORRUPTION, ERROR, LEAK, CheckResult, Findings
+from ..common.tables import from_big_endian, sector_runs, to_big_endian
 from .check import Checker, Meter, singles
 from .check_counts import PART, decode, encode, parts
 from .check_layout import never_durable
 from .check_tables import repaired_entry
-from .findings import CORRUPTION, ERROR, LEAK, CheckResult, Findings
 from .opening import read_snapshots, read_table
 from .refcounts import Refcounts
 from .switch import Change, switch
-from .tables import from_big_endian, to_big_endian
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -238,7 +237,7 @@ class _Repair:
             sectors.add(index * 8 // SECTOR)
             kind = "dropped" if (new[0] ^ entry) & OFFSET_MASK or new[1] != bitmap else "flag-cleared"
             self.done.add(kind, offset + index * 8, f"L2 entry {entry:#x} became {new[0]:#x}")
-        for start, end in runs(sectors):
+        for start, end in sector_runs(sectors):
             await self.file.write(to_big_endian(words, start // 8, end // 8), offset + start)
 
     # -- 2 and 4: refcounts in place -------------------------------------------------------
@@ -277,7 +276,7 @@ class _Repair:
             for place in range(0, len(new), SECTOR)
             if old[place : place + SECTOR] != new[place : place + SECTOR]
         }
-        for start, end in runs(sectors):
+        for start, end in sector_runs(sectors):
             await self.file.write(new[start:end], offset + start)
 
     # -- 2: a new refcount structure -------------------------------------------------------

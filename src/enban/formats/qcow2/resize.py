@@ -12,9 +12,9 @@ from array import array
 from ...block import mover
 from ...errors import UnsupportedOperationError, UsageError
 from ...units import align_up
+from ..common.tables import to_big_endian
 from .allocation import Link
 from .create import largest_size
-from .tables import to_big_endian
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

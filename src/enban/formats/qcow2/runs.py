@@ -9,7 +9,8 @@ from __future__ import annotations
 from ...extent import COMPRESSED as PACKED
 from ...extent import DATA, UNALLOCATED, ZERO
 from ...wire.qcow2 import ALL_ALLOCATED, ALL_ZERO, ALL_ZEROES, COMPRESSED, OFFSET_MASK
-from .mapping import BATCH, bad_entry, run_ahead, subcluster_kind
+from ..common.progressions import BATCH, run_ahead
+from .mapping import bad_entry, subcluster_kind
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

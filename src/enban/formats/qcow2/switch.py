@@ -22,9 +22,9 @@ from array import array
 
 from ...errors import EnbanError, HostError
 from ...wire.qcow2 import COMPRESSED, COPIED, OFFSET_MASK, SnapshotEntry, build_snapshots, unpack_compressed
+from ..common.progressions import run_ahead
+from ..common.tables import to_big_endian, toggle
 from .barrier import barrier
-from .mapping import run_ahead
-from .tables import to_big_endian, toggle
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The L1 table and the L2 tables in memory.
+"""L2 tables in memory, and tables of big-endian numbers on disk.
 
 An L2 table is an array of the entries as numbers (two numbers an entry in an image with
 extended L2 entries). Tables are loaded on demand and kept up to a limit; a table that is
@@ -10,11 +10,25 @@ from __future__ import annotations
 import sys
 from array import array
 
+from ...units import SECTOR
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ...units import HostOffset
 
 SECTOR_ENTRIES = 64  # numbers of 8 bytes in a 512-byte sector
+
+
+def sector_runs(sectors: set[int]) -> list[tuple[int, int]]:
+    """Byte ranges [start, end) covering a set of sector numbers, adjacent ones joined."""
+    found: list[tuple[int, int]] = []
+    for sector in sorted(sectors):
+        start = sector * SECTOR
+        if found and found[-1][1] == start:
+            found[-1] = (found[-1][0], start + SECTOR)
+        else:
+            found.append((start, start + SECTOR))
+    return found
 
 
 def from_big_endian(raw: bytes | bytearray) -> array[int]:
