@@ -15,9 +15,9 @@ from enban.block.runtime import BLOCKING, drive
 from enban.block.storage import Storage
 from enban.formats.qcow.create import QcowOptions, write_empty
 from enban.formats.qcow.opening import open_qcow
+from enban.lab.qcow_reader import QcowReader
 from enban.storage.file import open_file
 from enban.storage.memory import MemoryStorage
-from tests.qcow_reader import QcowReader
 
 Test = TypeVar("Test", bound=Callable[..., object])
 

@@ -21,15 +21,18 @@ from enban.block.runtime import BLOCKING, drive
 from enban.block.storage import Storage
 from enban.extent import Extent
 from enban.formats.qcow2.create import Qcow2Options, write_empty
-from enban.formats.qcow2.node import Qcow2Node
 from enban.formats.qcow2.opening import open_qcow2
 from enban.formats.raw import RawNode
+from enban.lab.images import pattern
+from enban.lab.qcow2_reader import Qcow2Reader, Report
+from enban.lab.storm import nothing_remains
 from enban.storage.file import open_file
 from enban.storage.memory import MemoryStorage
-from tests.qcow2_reader import Qcow2Reader, Report
 
 if TYPE_CHECKING:
     from enban.block.runtime import Runtime
+
+__all__ = ["nothing_remains", "pattern"]  # besides what is defined here
 
 T = TypeVar("T")
 Test = TypeVar("Test", bound=Callable[..., object])
@@ -284,23 +287,3 @@ def check_bytes(
 def check_file(path: str | Path, *, leaks: bool = False, data_file: str | Path | None = None) -> Report:
     data = Path(data_file).read_bytes() if data_file is not None else None
     return check_bytes(Path(path).read_bytes(), leaks=leaks, data_file=data)
-
-
-def pattern(length: int, seed: int = 1) -> bytes:
-    """Bytes in which every 8-byte word is different and not zero."""
-    return b"".join(
-        ((seed & 0xFFFFFF) << 40 | number << 8 | 0xA5).to_bytes(8, "little")
-        for number in range(-(-length // 8))
-    )[:length]
-
-
-def nothing_remains(door: Door) -> None:
-    """No request is in flight, and no lock, pin or reservation of one that has ended is left."""
-    ledger, node = door.ledger, door.node
-    assert not ledger.in_flight
-    assert ledger.started == ledger.done + ledger.failed + ledger.cancelled
-    assert not len(node.ranges)
-    if isinstance(node, Qcow2Node):
-        assert not node.mutex.held and not node.barrier_mutex.held
-        assert not any(table.pins or table.busy for table in node.cache.tables.values())
-        assert not any(block.busy for block in node.refcounts.blocks.values())

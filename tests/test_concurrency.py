@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
@@ -17,13 +16,14 @@ import pytest
 import enban
 import enban.aio
 from enban.aio import AsyncDisk, AsyncioRuntime
-from enban.block.door import Door
 from enban.block.runtime import BLOCKING, drive
 from enban.errors import ClosedError
 from enban.filters.delay import Delay
+from enban.lab.history import CELL, History
+from enban.lab.images import Image
+from enban.lab.qcow2_reader import Qcow2Reader
+from enban.lab.storm import KINDS, Storm, request, storm
 from enban.storage.memory import MemoryStorage
-from tests.history import CELL, History
-from tests.qcow2_reader import Qcow2Reader
 from tests.support import (
     KIB,
     check_bytes,
@@ -46,85 +46,10 @@ IMAGES: dict[str, dict[str, Any]] = {
 }
 
 
-class Storm:
-    """Random requests on a disk, with a history of what they did."""
-
-    def __init__(self, seed: int, size: int, initial: bytes) -> None:
-        self.random = Random(seed)
-        self.size = size
-        self.history = History(initial)
-        self.reads: list[tuple[int, int, int, bytes]] = []
-
-    def draw(self) -> tuple[str, int, int]:
-        random = self.random
-        operation = random.choices(("write", "read", "zero", "discard", "flush"), (50, 20, 12, 12, 6))[0]
-        length = random.choice((CELL, 512, 3 * CELL, 4096, 6 * KIB, 20 * KIB))
-        offset = random.randrange(self.size // CELL) * CELL
-        return operation, offset, min(length, self.size - offset)
-
-
-async def request(storm: Storm, disk: AsyncDisk, operation: str, offset: int, length: int) -> None:
-    history = storm.history
-    if operation == "flush":
-        await disk.flush()
-    elif operation == "read":
-        began = history.now()
-        data = await disk.pread(length, offset)
-        storm.reads.append((began, history.now(), offset, data))
-    else:
-        value = history.stamp() if operation == "write" else bytes(CELL)
-        event = history.begin(offset, length, value)
-        certain = False
-        try:
-            if operation == "write":
-                await disk.pwrite(value * (length // CELL), offset)
-            elif operation == "zero":
-                await disk.write_zeroes(offset, length, unmap=offset % 128 == 0)
-            else:
-                await disk.discard(offset, length)
-            certain = operation != "discard"
-        finally:
-            history.end(event, certain=certain)
-
-
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", IMAGES)
-def test_storm_of_tasks_with_cancellations(name: str, seed: int) -> None:
-    options = IMAGES[name]
-    backing = pattern(SIZE // 2 + 512, 3) if "backing_file" in options else b""
-    storm = Storm(seed, SIZE, backing.ljust(SIZE, b"\0"))
-
-    async def scenario() -> tuple[Door, MemoryStorage, MemoryStorage | None]:
-        runtime = AsyncioRuntime(threads=2)
-        memory = MemoryStorage(runtime, empty_image(SIZE, **options))
-        data = MemoryStorage(runtime) if "data_file" in options else None
-        below = raw_node(backing, runtime) if backing else None
-        door = await open_memory(
-            Delay(memory, seed, most_s=0.0005, share=0.2),
-            backing=below,
-            data=Delay(data, seed + 1, most_s=0.0005, share=0.2) if data is not None else None,
-        )
-        disk = AsyncDisk(door, runtime)
-        random = Random(seed)
-        for _ in range(4):  # waves: within one all run at once
-            tasks = [asyncio.create_task(request(storm, disk, *storm.draw())) for _ in range(250)]
-            for task in tasks:
-                if random.random() < 0.25:
-                    asyncio.get_running_loop().call_later(random.random() ** 2 * 0.05, task.cancel)
-            results = await asyncio.gather(*tasks, return_exceptions=True)
-            assert not [r for r in results if isinstance(r, Exception)]
-            nothing_remains(door)
-        content = await disk.pread(SIZE, 0)
-        storm.history.check(content, storm.reads)
-        assert door.ledger.cancelled > 3 and not door.ledger.failed
-        await disk.close()
-        reader = Qcow2Reader(memory.content, data_file=None if data is None else data.content)
-        assert reader.read(backing=backing) == content
-        return door, memory, data
-
-    door, memory, data = asyncio.run(scenario())
-    nothing_remains(door)
-    check_bytes(memory.content, data_file=None if data is None else data.content)
+@pytest.mark.parametrize("image", KINDS, ids=repr)
+def test_storm_of_tasks_with_cancellations(image: Image, seed: int) -> None:
+    assert storm(image, seed) == 1000
 
 
 def test_every_task_cancelled_at_once_leaves_a_working_disk() -> None:

@@ -41,11 +41,11 @@ from enban.filters.base import Filter
 from enban.filters.delay import Delay
 from enban.filters.faults import Call, Fault, Faults, fail_at
 from enban.formats.qcow2.node import Qcow2Node
+from enban.lab.qcow2_reader import Qcow2Reader
 from enban.storage import host
 from enban.storage.file import open_file
 from enban.storage.memory import MemoryStorage
 from enban.wire.qcow2 import unpack_compressed
-from tests.qcow2_reader import Qcow2Reader
 from tests.support import (
     KIB,
     MIB,

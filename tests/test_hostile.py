@@ -36,11 +36,11 @@ from enban.errors import (
     UnsupportedFeatureError,
     UsageError,
 )
+from enban.lab.damage import COMPRESSED, COPIED, Map
+from enban.lab.qcow2_reader import Qcow2Reader
 from enban.storage.memory import MemoryStorage
 from tests.cli.command import command, environment, process, refused
 from tests.cli.command import enban as cli
-from tests.damage import COMPRESSED, COPIED, Map
-from tests.qcow2_reader import Qcow2Reader
 from tests.support import KIB, MIB, check_bytes, empty_image, make_qcow2, open_memory, pattern
 
 SECONDS = 10  # more than any case may take

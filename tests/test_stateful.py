@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import enban
 from enban.block.codec import deflater
 from enban.extent import UNALLOCATED, ZERO
-from tests.qcow2_reader import Qcow2Reader
+from enban.lab.qcow2_reader import Qcow2Reader
 from tests.support import FACES, KIB, AnyDisk, BlockingFace, Face, make_qcow2, pattern, qemu_check
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ import pytest
 from enban.errors import EnbanError
 from enban.formats.common.findings import BEYOND_QEMU, SEVERITY, CheckResult
 from enban.jobs.check import check
-from tests.damage import COPIED, Map, damage, guest
+from enban.lab.damage import COPIED, Map, damage, guest
 from tests.support import needs_qemu_img, needs_qemu_io, qemu_check, qemu_img, qemu_io
 
 MIB = 1 << 20

@@ -17,8 +17,8 @@ from enban.block.codec import deflater
 from enban.block.runtime import drive
 from enban.formats.qcow2.node import Qcow2Node
 from enban.jobs.create import create
+from enban.lab.qcow2_reader import Qcow2Reader
 from enban.units import parse_size
-from tests.qcow2_reader import Qcow2Reader
 from tests.support import (
     KIB,
     MIB,

@@ -17,8 +17,8 @@ from enban.formats.common.findings import CheckResult
 from enban.formats.qcow.check import Checker, Usage
 from enban.formats.qcow.opening import open_qcow
 from enban.jobs.check import check
+from enban.lab.qcow_reader import QcowReader
 from enban.storage.memory import MemoryStorage
-from tests.qcow_reader import QcowReader
 from tests.qcow_support import make_qcow, memory_qcow, open_disk
 from tests.support import KIB, MIB, pattern
 

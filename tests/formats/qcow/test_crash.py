@@ -20,8 +20,8 @@ from enban.block.codec import deflater
 from enban.block.disk import Disk
 from enban.block.runtime import BLOCKING
 from enban.errors import EnbanError, HostError, NoSpaceError
+from enban.lab.qcow_reader import QcowReader
 from enban.storage.memory import MemoryStorage
-from tests.qcow_reader import QcowReader
 from tests.qcow_support import check_sound, memory_qcow, open_disk
 from tests.support import KIB, raw_node
 

@@ -24,8 +24,8 @@ from enban.formats.common.tables import to_big_endian
 from enban.formats.qcow2.check_counts import Counts, decode, encode
 from enban.formats.qcow2.check_tables import RunTemplate
 from enban.jobs import check as job
-from tests.damage import COMPRESSED, COPIED, OFFSET, SHAPES, Map, check, damage, make_image
-from tests.qcow2_reader import Qcow2Reader
+from enban.lab.damage import COMPRESSED, COPIED, OFFSET, SHAPES, Map, check, damage, make_image
+from enban.lab.qcow2_reader import Qcow2Reader
 from tests.support import Face, empty_image, make_qcow2
 
 Damage = Callable[[Map], None]

@@ -12,9 +12,9 @@ from enban.block.runtime import BLOCKING, drive
 from enban.errors import EnbanError, NoSpaceError, UnsupportedOperationError, UsageError
 from enban.formats.qcow2.create import Qcow2Options, largest_size, write_empty
 from enban.formats.qcow2.opening import read_header
+from enban.lab.qcow2_reader import Qcow2Reader
 from enban.storage.memory import MemoryStorage
 from enban.wire.qcow2 import EXT_FEATURE_NAMES
-from tests.qcow2_reader import Qcow2Reader
 from tests.support import KIB, MIB, check_bytes, empty_image, open_memory, pattern, raw_node
 
 SIZES = (0, 512, 65536, 1_000_448, 37 * MIB + 512)

@@ -13,8 +13,8 @@ from enban.block.runtime import BLOCKING, drive
 from enban.errors import CorruptDataError, EnbanError, OutOfRangeError, UnsupportedOperationError
 from enban.extent import COMPRESSED
 from enban.formats.qcow2.node import Qcow2Node
+from enban.lab.qcow2_reader import Qcow2Reader
 from enban.storage.memory import MemoryStorage
-from tests.qcow2_reader import Qcow2Reader
 from tests.support import KIB, check_bytes, empty_image, open_memory, pattern, raw_node
 
 CASES: list[dict[str, Any]] = [

@@ -16,8 +16,8 @@ from enban.filters import faults
 from enban.filters.faults import Faults, fail_at
 from enban.formats.qcow2.node import Qcow2Node
 from enban.formats.qcow2.refcounts import PackedCounts, Refcounts, WideCounts
+from enban.lab.qcow2_reader import Qcow2Reader
 from enban.storage.memory import MemoryStorage
-from tests.qcow2_reader import Qcow2Reader
 from tests.support import KIB, MIB, check_bytes, empty_image, open_memory, pattern
 
 # -- counts ----------------------------------------------------------------------------------

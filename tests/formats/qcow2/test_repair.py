@@ -23,10 +23,10 @@ from enban.formats.qcow2.check import Checker
 from enban.formats.qcow2.node import Qcow2Node
 from enban.formats.qcow2.repair import repair_dirty, repair_image
 from enban.jobs import check as job
+from enban.lab.crash_states import Replay
+from enban.lab.damage import COMPRESSED, COPIED, SHAPES, Map, check, damage, guest, make_image, open_for_check
+from enban.lab.qcow2_reader import Qcow2Reader
 from enban.storage.memory import MemoryStorage
-from tests.crash_states import Replay
-from tests.damage import COMPRESSED, COPIED, SHAPES, Map, check, damage, guest, make_image, open_for_check
-from tests.qcow2_reader import Qcow2Reader
 from tests.support import empty_image, make_qcow2, open_memory, pattern
 
 DIRTY, CORRUPT = 1, 2

@@ -12,8 +12,8 @@ from enban.block.runtime import BLOCKING, drive
 from enban.errors import HostError, UsageError
 from enban.filters import faults
 from enban.filters.faults import Faults, fail_at
+from enban.lab.qcow2_reader import Qcow2Reader
 from enban.storage.memory import MemoryStorage
-from tests.qcow2_reader import Qcow2Reader
 from tests.support import KIB, MIB, check_bytes, empty_image, open_memory, pattern, raw_node
 
 IMAGES: list[dict[str, Any]] = [

@@ -9,8 +9,8 @@ import pytest
 import enban
 from enban.block.runtime import BLOCKING, drive
 from enban.formats.qcow2.node import Qcow2Node
+from enban.lab.qcow2_reader import Qcow2Reader
 from enban.storage.memory import MemoryStorage
-from tests.qcow2_reader import Qcow2Reader
 from tests.support import KIB, check_bytes, empty_image, open_memory, pattern, raw_node
 
 SIZE = 256 * KIB + 512

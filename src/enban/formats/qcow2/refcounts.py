@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from ...units import Cluster, HostOffset
     from ...wire.qcow2 import Header
 
+    # The refcount table, the places of metadata, and of each changed block: index, place, bytes, sectors.
+    Memory = tuple[array[int], set[HostOffset], list[tuple[int, HostOffset, bytes, set[int]]]]
+
 SECTOR_SHIFT = 9
 _CACHE_BYTES = 16 << 20
 _TYPECODES = {3: "B", 4: "H", 5: "I", 6: "Q"}
@@ -262,11 +265,23 @@ class Refcounts:
             await self.add(position, -1)
             self.metadata.discard(position << self.cluster_bits)
 
-    def forget(self, table: array[int], metadata: set[HostOffset]) -> None:
-        """Go back to what the disk holds: `table` is its refcount table, and no block was written."""
-        self.table = table
-        self.metadata = metadata
+    def remember(self) -> Memory:
+        """What `forget` goes back to: the disk's state and the counts that a barrier has yet to write."""
+        size = self.cluster_size
+        waiting = [
+            (index, block.offset, block.counts.big_endian(0, size), set(block.dirty))
+            for index, block in self.blocks.items()
+            if block.dirty
+        ]
+        return array("Q", self.table), set(self.metadata), waiting
+
+    def forget(self, memory: Memory) -> None:
+        """Undo what was changed since `remember`; no block was written since, and no table moved."""
+        self.table, self.metadata, waiting = memory
         self.blocks.clear()
+        for index, offset, raw, dirty in waiting:
+            block = self.blocks[index] = Block(offset, self._counts(raw), fresh=False)
+            block.dirty = dirty
         self.table_dirty.clear()
         self.moved = None
         self.hint = 0

@@ -12,7 +12,7 @@ leads over to it:
 Before that write the image is as it was, after it as it shall be. Clusters that nobody uses
 any more keep a count of 1 through the switch, so that none of them is taken for something
 new before it; they are counted down afterwards, and a crash in between leaks them. If
-anything fails before, memory is set back to what the disk holds. Memory taken: the refcount
+anything fails before, memory is set back to what it was. Memory taken: the refcount
 blocks that change, 2 bytes a cluster as a rule.
 """
 
@@ -93,11 +93,11 @@ class _Switch:
 
     async def run(self) -> None:
         node, refcounts = self.node, self.refcounts
-        table, metadata = array("Q", refcounts.table), set(refcounts.metadata)
+        before = refcounts.remember()
         try:
             fields = await self._build()
         except BaseException:
-            refcounts.forget(table, metadata)
+            refcounts.forget(before)
             raise
         try:
             await node.file.write(fields, 24)

@@ -1,4 +1,4 @@
-"""Images for tests of check and repair, and ways to break them, chosen by hand or at random."""
+"""Used images of every shape that matters to a check, and ways to break them that know their structure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from enban.formats.qcow2.check import WINDOW, Checker, Meter
 from enban.formats.qcow2.node import Qcow2Node
 from enban.formats.qcow2.opening import open_qcow2
 from enban.storage.memory import MemoryStorage
-from tests.support import empty_image, open_memory, pattern
+
+from .images import Image, pattern
 
 OFFSET = 0x00FFFFFFFFFFFE00
 COPIED = 1 << 63
@@ -41,6 +42,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+_ANY = Image("any", 0)  # opens qcow2 images of whatever shape
+
+
 def make_image(shape: str, seed: int = 0) -> bytearray:
     """A used image: data, zeroes, holes; where refcounts allow compressed clusters and, unless the seed
     is a multiple of 3, snapshots."""
@@ -48,20 +52,21 @@ def make_image(shape: str, seed: int = 0) -> bytearray:
     random = Random(f"{shape} {seed}")
     cluster = options.get("cluster_size", 65536)
     size = cluster * random.randrange(30, 90) + 512 * random.randrange(2)
-    storage = MemoryStorage(BLOCKING, empty_image(size, **options))
-    disk = Disk(drive(open_memory(storage)))
+    kind = Image(shape, size, **options)
+    storage = MemoryStorage(BLOCKING, kind.empty())
+    disk = Disk(drive(kind.open(storage)))
     wide = options.get("refcount_bits", 16) > 2
     for number in range(40):
         offset = random.randrange(size)
         length = min(size - offset, random.choice((512, cluster, 3 * cluster)))
-        kind = random.random()
-        if kind < 0.5:
+        dice = random.random()
+        if dice < 0.5:
             disk.pwrite(pattern(length, number + 1), offset)
-        elif kind < 0.6:
+        elif dice < 0.6:
             disk.write_zeroes(offset, length, unmap=random.random() < 0.5)
-        elif kind < 0.7:
+        elif dice < 0.7:
             disk.discard(offset, length)
-        elif kind < 0.85 and wide:
+        elif dice < 0.85 and wide:
             packed = deflater(disk.node.codec)(pattern(cluster // 8, number + 7).ljust(cluster, b"\0"))
             if len(packed) < cluster:
                 disk.write_packed(packed, offset // cluster * cluster)
@@ -74,7 +79,7 @@ def make_image(shape: str, seed: int = 0) -> bytearray:
 def guest(image: bytes | bytearray) -> list[bytes | None]:
     """What the guest sees, a cluster at a time; None where reading fails; nothing if it cannot be opened."""
     try:
-        disk = Disk(drive(open_memory(MemoryStorage(BLOCKING, image), writable=False)))
+        disk = Disk(drive(_ANY.open(MemoryStorage(BLOCKING, image), writable=False)))
     except CorruptImageError:
         return []
     size = disk.node.cluster_size

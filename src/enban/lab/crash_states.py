@@ -9,6 +9,7 @@ A flush counts from where it began; a disk may be early.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from random import Random
 
@@ -19,13 +20,34 @@ SECTOR = 512
 
 
 class Change:
-    """A change that may be lost: the new contents of the sectors it touched, as they were after it."""
+    """A change that may be lost: the new contents of the sectors it touched, as they were after it.
+    runs: the same as (offset, bytes) of adjacent sectors."""
 
-    __slots__ = ("ended", "sectors")
+    __slots__ = ("_runs", "ended", "sectors")
 
     def __init__(self, ended: int, sectors: dict[int, bytes]) -> None:
         self.ended = ended
         self.sectors = sectors
+        self._runs: list[tuple[int, bytes]] | None = None
+
+    @property
+    def runs(self) -> list[tuple[int, bytes]]:
+        if self._runs is None:
+            parts: list[tuple[int, list[bytes]]] = []
+            last = -2
+            for number, data in self.sectors.items():  # in the order of their numbers
+                if number == last + 1:
+                    parts[-1][1].append(data)
+                else:
+                    parts.append((number * SECTOR, [data]))
+                last = number
+            self._runs = [(start, b"".join(pieces)) for start, pieces in parts]
+        return self._runs
+
+    def without(self, numbers: set[int]) -> None:
+        for number in numbers:
+            del self.sectors[number]
+        self._runs = None
 
 
 class Replay:
@@ -67,10 +89,11 @@ class Replay:
         kept: list[Change] = []
         for change in self.pending:
             if change.ended and change.ended < moment:
-                _put(self.durable, change.sectors)
+                _put(self.durable, change)
                 for older in kept:
-                    for number in change.sectors.keys() & older.sectors.keys():
-                        del older.sectors[number]
+                    common = change.sectors.keys() & older.sectors.keys()
+                    if common:
+                        older.without(common)
             else:
                 kept.append(change)
         self.pending = [change for change in kept if change.sectors]
@@ -84,14 +107,17 @@ class Replay:
     def subset(self, changes: list[Change]) -> bytearray:
         content = bytearray(self.durable)
         for change in changes:
-            _put(content, change.sectors)
+            _put(content, change)
         return content
 
     def torn(self, random: Random) -> bytearray:
         """All but the last change, and of that one some sectors."""
         content = self.subset(self.pending[:-1])
         last = self.pending[-1].sectors
-        _put(content, {n: last[n] for n in last if random.random() < 0.5})
+        mask = random.getrandbits(len(last))
+        for place, (number, data) in enumerate(last.items()):
+            if mask >> place & 1:
+                _put_sector(content, number, data)
         return content
 
     def subsets(self, random: Random, most: int) -> Iterator[bytearray]:
@@ -109,17 +135,29 @@ class Replay:
         options: dict[int, list[bytes]] = {}
         for change in self.pending:
             for number, data in change.sectors.items():
-                options.setdefault(number, []).append(data)
+                have = options.get(number)
+                if have is None:
+                    options[number] = [data]
+                else:
+                    have.append(data)
         content = bytearray(self.durable)
-        for number, contents in options.items():
-            choice = random.randrange(len(contents) + 1)
+        numbers = array("I", random.randbytes(4 * len(options)))
+        for (number, contents), dice in zip(options.items(), numbers, strict=True):
+            choice = dice % (len(contents) + 1)
             if choice:
-                _put(content, {number: contents[choice - 1]})
+                _put_sector(content, number, contents[choice - 1])
         return content
 
 
-def _put(content: bytearray, sectors: dict[int, bytes]) -> None:
-    for number, data in sectors.items():
-        start = number * SECTOR
-        content.extend(bytes(max(0, start + len(data) - len(content))))
+def _put(content: bytearray, change: Change) -> None:
+    for start, data in change.runs:
+        if start > len(content):
+            content.extend(bytes(start - len(content)))
         content[start : start + len(data)] = data
+
+
+def _put_sector(content: bytearray, number: int, data: bytes) -> None:
+    start = number * SECTOR
+    if start > len(content):
+        content.extend(bytes(start - len(content)))
+    content[start : start + len(data)] = data
