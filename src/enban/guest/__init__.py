@@ -1,0 +1,1 @@
+"""A guest on QEMU: process, monitor, disks, keyboard."""
