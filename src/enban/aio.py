@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, TypeVar, TypeVarTuple
 
+    from .block.bitmaps import BitmapInfo
     from .block.cipher import Passphrase
     from .block.door import Door
     from .block.node import Node
@@ -206,6 +207,49 @@ class AsyncDisk:
         """Of a disk opened with `snapshot=True`: write its changes down into the image, and go on with an
         empty overlay. Other requests go on meanwhile. Returns the number of bytes written."""
         return await self.door.commit()
+
+    async def bitmaps(self) -> list[BitmapInfo]:
+        """The persistent dirty bitmaps: name, granularity, enabled, inconsistent. Raises
+        UnsupportedOperationError if the format has none, CorruptImageError."""
+        return (await self.door.bitmaps()).infos()
+
+    async def add_bitmap(self, name: str, *, granularity: int = 65536, enabled: bool = True) -> None:
+        """Make an empty bitmap, a bit for each `granularity` bytes (a power of two from 512 to 2 GiB).
+        While it is enabled, everything that is written from now on is recorded in it."""
+        await self.door.change_bitmaps(lambda found: found.add(name, granularity, enabled=enabled))
+
+    async def remove_bitmap(self, name: str) -> None:
+        """Remove a bitmap, also one that is inconsistent."""
+        await self.door.change_bitmaps(lambda found: found.remove(name))
+
+    async def clear_bitmap(self, name: str) -> None:
+        """From now on nothing counts as changed. Raises ImageError if the bitmap is inconsistent, as do
+        all below."""
+        await self.door.change_bitmaps(lambda found: found.clear(name))
+
+    async def enable_bitmap(self, name: str) -> None:
+        """Record what is written."""
+        await self.door.change_bitmaps(lambda found: found.enable(name, True))
+
+    async def disable_bitmap(self, name: str) -> None:
+        """Keep the bitmap as it is now."""
+        await self.door.change_bitmaps(lambda found: found.enable(name, False))
+
+    async def merge_bitmap(self, target: str, source: str, *, of: AsyncDisk | None = None) -> None:
+        """Add what bitmap `source` (of this disk, or of another one of the same size) says to `target`."""
+        found = await (of or self).door.bitmaps()
+        bits = await found.bits(source)
+        await self.door.change_bitmaps(lambda found: found.merge(target, bits))
+
+    async def dirty(
+        self, name: str, offset: int = 0, length: int | None = None
+    ) -> AsyncIterator[tuple[int, int]]:
+        """What of a range changed, by a bitmap: (offset, length) in bytes, in order."""
+        end = self.size if length is None else offset + length
+        self.door.check(offset, end - offset)
+        bits = await (await self.door.bitmaps()).bits(name)
+        for extent in bits.extents(offset, end - offset):
+            yield extent
 
     async def close(self) -> None:
         """Let requests in flight end, write out what is in memory, release the files."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from ..extent import Extent
     from ..wire.qcow2 import SnapshotEntry
+    from .bitmaps import BitmapInfo
     from .door import Door
     from .node import Node
     from .storage import ReadBuffer, WriteBuffer
@@ -135,6 +136,46 @@ class Disk:
         Raises LockedError if others use the image, ReadOnlyError, HostError, UsageError; the disk then
         reads as before, but the image may have got a part of the changes."""
         return drive(self.door.commit())
+
+    def bitmaps(self) -> list[BitmapInfo]:
+        """The persistent dirty bitmaps: name, granularity, enabled, inconsistent. Raises
+        UnsupportedOperationError if the format has none, CorruptImageError."""
+        return drive(self.door.bitmaps()).infos()
+
+    def add_bitmap(self, name: str, *, granularity: int = 65536, enabled: bool = True) -> None:
+        """Make an empty bitmap, a bit for each `granularity` bytes (a power of two from 512 to 2 GiB).
+        While it is enabled, everything that is written from now on is recorded in it."""
+        drive(self.door.change_bitmaps(lambda found: found.add(name, granularity, enabled=enabled)))
+
+    def remove_bitmap(self, name: str) -> None:
+        """Remove a bitmap, also one that is inconsistent."""
+        drive(self.door.change_bitmaps(lambda found: found.remove(name)))
+
+    def clear_bitmap(self, name: str) -> None:
+        """From now on nothing counts as changed. Raises ImageError if the bitmap is inconsistent, as do
+        all below."""
+        drive(self.door.change_bitmaps(lambda found: found.clear(name)))
+
+    def enable_bitmap(self, name: str) -> None:
+        """Record what is written."""
+        drive(self.door.change_bitmaps(lambda found: found.enable(name, True)))
+
+    def disable_bitmap(self, name: str) -> None:
+        """Keep the bitmap as it is now."""
+        drive(self.door.change_bitmaps(lambda found: found.enable(name, False)))
+
+    def merge_bitmap(self, target: str, source: str, *, of: Disk | None = None) -> None:
+        """Add what bitmap `source` (of this disk, or of another one of the same size) says to `target`."""
+        found = drive((of or self).door.bitmaps())
+        bits = drive(found.bits(source))
+        drive(self.door.change_bitmaps(lambda found: found.merge(target, bits)))
+
+    def dirty(self, name: str, offset: int = 0, length: int | None = None) -> Iterator[tuple[int, int]]:
+        """What of a range changed, by a bitmap: (offset, length) in bytes, in order."""
+        end = self.size if length is None else offset + length
+        self.door.check(offset, end - offset)
+        bits = drive(drive(self.door.bitmaps()).bits(name))
+        yield from bits.extents(offset, end - offset)
 
     def close(self) -> None:
         drive(self.door.close())

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..extent import Extent
     from ..wire.qcow2 import SnapshotEntry
+    from .bitmaps import Bitmaps
     from .mover import PlannedWrite
     from .node import Node
     from .requests import Request
@@ -236,6 +237,19 @@ class Door:
         self._check_write(0, 0)
         async with self.resizing:
             await self.alone(self.node.delete_snapshot(name))
+
+    async def bitmaps(self) -> Bitmaps:
+        """The dirty bitmaps, to look at. Raises UnsupportedOperationError, CorruptImageError."""
+        self.check(0, 0)
+        return await self.node.bitmaps()
+
+    async def change_bitmaps(self, change: Callable[[Bitmaps], Coroutine[Any, Any, None]]) -> None:
+        """Change the bitmaps while I/O goes on. Writes that were done before the call are in what a bitmap
+        says before it, those that begin when it has returned in what it says after."""
+        self._check_write(0, 0)
+        bitmaps = await self.node.bitmaps()
+        async with self.resizing:
+            await self.alone(change(bitmaps))
 
     async def alone(self, work: Coroutine[Any, Any, None]) -> None:
         """For who holds `resizing`: do work that changes all tables at once. Allocating writes wait for it;

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from ..units import GuestOffset, HostOffset
     from ..wire.qcow2 import SnapshotEntry
+    from .bitmaps import Bitmaps
     from .cipher import Cipher
     from .locks import RangeLocks
     from .requests import Ledger
@@ -213,6 +214,10 @@ class Node:
                 await self.flush()
         finally:
             await self.file.close()
+
+    async def bitmaps(self) -> Bitmaps:
+        """The image's persistent dirty bitmaps."""
+        raise UnsupportedOperationError(f"format {self.format} has no dirty bitmaps", path=self.name)
 
     # -- facts and upkeep --------------------------------------------------------------------
 

@@ -240,7 +240,8 @@ def add_bitmaps(image: bytearray, *, valid: bool = True) -> tuple[int, int, int]
     table, data = directory + cluster, directory + 2 * cluster
     image.extend(bytes(data + 2 * cluster - len(image)))
     name = b"bitmap-0"
-    entry = struct.pack(">QIIBBHI", table, 4, 0, 1, 16, len(name), 0) + name
+    in_use = 1  # so that its table may be longer than the disk needs
+    entry = struct.pack(">QIIBBHI", table, 4, in_use, 1, 16, len(name), 0) + name
     image[directory : directory + len(entry)] = entry
     places.put(table, data)
     places.put(table + 8, 1)  # all ones, without a cluster

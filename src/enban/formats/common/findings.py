@@ -85,6 +85,7 @@ SEVERITY = {
     "refcounts-rebuilt": NOTE,
     "copied-set": NOTE,
     "snapshot-table-written": NOTE,
+    "bitmaps-dropped": NOTE,
     "bits-cleared": NOTE,
 }
 

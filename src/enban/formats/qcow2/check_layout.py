@@ -24,9 +24,8 @@ from ...wire.qcow2 import (
     MAX_L1_BYTES,
     OFFSET_MASK,
     REFTABLE_MASK,
-    parse_bitmap_directory,
-    parse_bitmaps_extension,
 )
+from ...wire.qcow2_bitmaps import parse_bitmap_directory, parse_bitmaps_extension, valid_table_entry
 from ..common.tables import from_big_endian
 from .check_counts import sweep
 
@@ -47,9 +46,6 @@ _NEAR = 64 << 20  # bytes; a file may grow so far over what points past its end
 _MOST_WEIGHT = 1 << 24
 
 _SNAPSHOT_HEAD = Struct(">QIHH4s4s8s4sI")  # L1 offset, L1 entries, id length, name length, ..., extra length
-_MOST_BITMAP_ENTRIES = 0x8000000
-_BITMAP_RESERVED = 0xFF00_0000_0000_01FE
-_BITMAP_ALL_ONES = 1
 
 
 class Image:
@@ -346,14 +342,11 @@ class Layout:
             return
         for entry in entries:
             start, size = entry.table_offset, entry.table_entries * 8
-            if not start or start & image.mask or not 0 < entry.table_entries <= _MOST_BITMAP_ENTRIES:
-                self.findings.add(
-                    "bitmap-table",
-                    offset,
-                    f"bitmap '{entry.name}' has a table of {entry.table_entries} entries at {start:#x}",
-                )
+            fault = entry.fault(header.size, image.bits)
+            if fault:
+                self.findings.add("bitmap-table", offset + entry.place, fault)
                 self.doubt("bitmaps are lost")
-            elif self._use(start, size, f"table of bitmap '{entry.name}'"):
+            elif self._use(start, size, f"table of bitmap {entry.name!r}"):
                 tables.append((start, start + size, 1))
         self.bitmap_tables = sweep(tables)
 
@@ -361,7 +354,7 @@ class Layout:
         """The cluster that a bitmap table entry points to, -1 if none. report: say what is wrong."""
         image = self.image
         offset = entry & OFFSET_MASK
-        if entry & _BITMAP_RESERVED or (offset and (entry & _BITMAP_ALL_ONES or offset & image.mask)):
+        if not valid_table_entry(entry, image.bits):
             if report:
                 self.findings.add(
                     "bitmap-entry", place, f"bitmap table entry {entry:#x} is not valid", weight

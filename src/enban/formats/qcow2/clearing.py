@@ -21,6 +21,8 @@ async def clear(node: Qcow2Node, offset: GuestOffset, length: int, *, unmap: boo
     await node.make_room()
     async with node.mutex:
         await node.prepare_change()
+        if node.tracked:
+            node.mark(offset, length)
         if zero and node.extended and await packed_edges(node, offset, end):
             return False
         while offset < end:

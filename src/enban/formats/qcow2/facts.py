@@ -14,10 +14,8 @@ from ...wire.qcow2 import (
     EXT_BITMAPS,
     LAZY_REFCOUNTS,
     REFTABLE_MASK,
-    BitmapEntry,
-    parse_bitmap_directory,
-    parse_bitmaps_extension,
 )
+from ...wire.qcow2_bitmaps import BitmapEntry, parse_bitmap_directory, parse_bitmaps_extension
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

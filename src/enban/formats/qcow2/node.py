@@ -29,11 +29,13 @@ from ...extent import UNALLOCATED, Extent
 from ...units import align_down, align_up
 from ...wire.qcow2 import (
     ALL_ZERO,
+    AUTOCLEAR_BITMAPS,
     AUTOCLEAR_RAW_DATA,
     COMPRESSED,
     COMPRESSION_NAMES,
     COPIED,
     CORRUPT,
+    EXT_BITMAPS,
     EXTERNAL_DATA,
     OFFSET_MASK,
     REFTABLE_MASK,
@@ -52,10 +54,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from ...block.bitmaps import Bits
     from ...block.runtime import Runtime
     from ...block.storage import Storage
     from ...units import Cluster, GuestOffset, HostOffset
     from ...wire.qcow2 import Header, SnapshotEntry
+    from .bitmaps import Qcow2Bitmaps
 
 NOT_PLAIN = COMPRESSED | ALL_ZERO
 
@@ -107,7 +111,10 @@ class Qcow2Node(Node):
         self.quarantine: list[tuple[Cluster, int, int]] = []
         self.packed_end: HostOffset = 0  # where the next compressed cluster may continue, 0: nowhere
         self.pass_discards = True
+        self._metadata_known = False
         self._ready_to_change = False
+        self.dirty_bitmaps: Qcow2Bitmaps | None = None  # None: not looked at yet
+        self.tracked: tuple[Bits, ...] = ()  # where writes are recorded
         self.mark_zeroes = False  # also where the backing file shows zeros
         self._halted: type[EnbanError] | None = None
         self.header_doubtful = False  # what the header on disk says is unknown: the next barrier writes it
@@ -132,6 +139,8 @@ class Qcow2Node(Node):
             return -1
         if not entries[(offset >> self.cluster_bits & self.l2_mask) * self.numbers] >> 63:
             return -1
+        if self.tracked:
+            self.mark(offset, length)
         return self._place(self.cache.overwritable, offset, length)
 
     def _place(self, tables: dict[int, array[int]], offset: GuestOffset, length: int) -> HostOffset:
@@ -226,18 +235,37 @@ class Qcow2Node(Node):
         self._check_not_halted()
         if self._ready_to_change:
             return
+        await self.prepare_metadata()
+        if self.dirty_bitmaps is not None:
+            await self.dirty_bitmaps.arm()
+        self._ready_to_change = True
+
+    @property
+    def changing(self) -> bool:
+        """Whether guest data may have been changed since the image was opened."""
+        return self._ready_to_change
+
+    async def prepare_metadata(self) -> None:
+        """What must be so before the first change even of what the guest does not see; mutex held."""
+        self._check_not_halted()
+        if self._metadata_known:
+            return
         if not self.writable:
             raise ReadOnlyError("the image is open read-only", path=self.name)
-        known = AUTOCLEAR_RAW_DATA  # we do keep a raw data file raw; bitmaps we would leave wrong
+        known = AUTOCLEAR_RAW_DATA  # we do keep a raw data file raw
+        places: list[tuple[HostOffset, int, str]] = []
+        if self.header.autoclear & AUTOCLEAR_BITMAPS and self.header.extension(EXT_BITMAPS) is not None:
+            places = await (await self.bitmaps()).places()
+            known |= AUTOCLEAR_BITMAPS
         if self.header.autoclear & ~known:
             kept = self.header.autoclear & known
             await self.file.write(kept.to_bytes(8, "big"), 88)
             await self.file.flush()
             self.header.autoclear = kept
-        self._collect_metadata()
-        self._ready_to_change = True
+        self._collect_metadata(places)
+        self._metadata_known = True
 
-    def _collect_metadata(self) -> None:
+    def _collect_metadata(self, bitmaps: list[tuple[HostOffset, int, str]]) -> None:
         """Learn where the tables are. If any overlap, changing one would destroy another: refuse."""
         size, header = self.cluster_size, self.header
         metadata: set[HostOffset] = set()
@@ -271,6 +299,8 @@ class Qcow2Node(Node):
             add(snapshot.l1_offset, snapshot.l1_entries * 8, "L1 table of a snapshot")
         if header.snapshot_count:
             add(header.snapshots_offset, len(build_snapshots(self.snapshots)), "snapshot table")
+        for place in bitmaps:
+            add(*place)
         self.refcounts.metadata |= metadata
 
     async def own_table(self, index: int) -> L2Table:
@@ -322,6 +352,8 @@ class Qcow2Node(Node):
         end = align_up(offset + length, self.cluster_size)
         async with self.mutex:
             await self.prepare_change()
+            if self.tracked:
+                self.mark(offset, length)
             try:
                 while position < end:
                     index = position >> self.l2_shift
@@ -369,6 +401,8 @@ class Qcow2Node(Node):
             table.pins += 1
         finally:
             self.mutex.release()
+        if self.tracked:
+            self.mark(offset, length)
         inside = offset & self.cluster_mask
         if clean:  # what reads as zeros takes the place of what read as zeros
             return Piece(offset, length, self.data, link.host + inside, fill=False, token=link)
@@ -396,6 +430,7 @@ class Qcow2Node(Node):
         await self.make_room()
         async with self.mutex:
             await self.prepare_change()
+            self.mark(offset, self.cluster_size)
             index = offset >> self.l2_shift
             table = await self.own_table(index)
             host = await new_packed(self, length)
@@ -503,6 +538,7 @@ class Qcow2Node(Node):
         if self.header.version < 3 and (self.may_show_backing or not unmap):
             return False
         if self.external:
+            await self._change_data(offset, length)
             await self.data.write_zeroes(offset, length, unmap=unmap)
         return await clear(self, offset, length, unmap=unmap, zero=True)
 
@@ -510,8 +546,29 @@ class Qcow2Node(Node):
         if self.header.version < 3 and self.may_show_backing:
             return  # there an unallocated cluster would show what the backing file holds
         if self.external:
+            await self._change_data(offset, length)
             await self.data.write_zeroes(offset, length, unmap=True)
         await clear(self, offset, length, unmap=True, zero=False)
+
+    async def _change_data(self, offset: GuestOffset, length: int) -> None:
+        """Before a data file is changed past the tables."""
+        async with self.mutex:
+            await self.prepare_change()
+            self.mark(offset, length)
+
+    # -- dirty bitmaps ---------------------------------------------------------------------
+
+    def mark(self, offset: GuestOffset, length: int) -> None:
+        """Record in the bitmaps that a range is about to change."""
+        for bits in self.tracked:
+            bits.set(offset, length)
+
+    async def bitmaps(self) -> Qcow2Bitmaps:
+        if self.dirty_bitmaps is None:
+            from .bitmaps import open_bitmaps
+
+            self.dirty_bitmaps = await open_bitmaps(self)
+        return self.dirty_bitmaps
 
     # -- size, flush, close ----------------------------------------------------------------
 
@@ -527,6 +584,7 @@ class Qcow2Node(Node):
                 self.size = snapshot.disk_size
                 if len(self.l1) << self.l2_shift < self.size:
                     raise CorruptImageError(f"{what} is too small", path=self.name, offset=snapshot.l1_offset)
+                self.header.autoclear &= ~AUTOCLEAR_BITMAPS  # they speak of the active state
                 return
         raise UsageError(f"there is no snapshot '{name}'", path=self.name, hint="see: enban info")
 
@@ -609,6 +667,8 @@ class Qcow2Node(Node):
                     await self.release_quarantine()
                 if any(block.dirty for block in self.refcounts.blocks.values()):
                     await barrier(self)
+                if self.dirty_bitmaps is not None:
+                    await self.dirty_bitmaps.store()
             elif self._halted is not None:
                 await self.data.flush()  # for writes in place
                 if self.cache.dirty or self.l1_dirty:

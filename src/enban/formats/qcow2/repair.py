@@ -24,6 +24,7 @@ from array import array
 from ...errors import CorruptImageError, NoSpaceError, UnsupportedFeatureError
 from ...units import SECTOR, align_up
 from ...wire.qcow2 import (
+    AUTOCLEAR_BITMAPS,
     AUTOCLEAR_RAW_DATA,
     CORRUPT,
     DIRTY,
@@ -32,6 +33,7 @@ from ...wire.qcow2 import (
 )
 from ..common.findings import CORRUPTION, ERROR, LEAK, CheckResult, Findings
 from ..common.tables import from_big_endian, sector_runs, to_big_endian
+from .bitmaps import open_bitmaps
 from .check import Checker, Meter, singles
 from .check_counts import PART, decode, encode, parts
 from .check_layout import never_durable
@@ -77,7 +79,12 @@ async def repair_image(
     await before.check()
     found = before.findings
     work = _Repair(node, meter)
-    if found.total(CORRUPTION) or found.total(LEAK) or found.total(ERROR):
+    fault = await _bitmaps_fault(node) if mode == "all" else ""
+    if fault:
+        await _drop_bitmaps(node, fault, work.done)
+        before = Checker(node, meter)
+        await before.check()
+    if any(before.findings.total(kind) for kind in (CORRUPTION, LEAK, ERROR)):
         await work.run(before, everything=mode == "all")
         after = Checker(node, meter)
         await after.check(7)
@@ -88,6 +95,14 @@ async def repair_image(
             await after.check(7)
     else:
         after = before
+    if mode == "all" and not work.impossible:
+        await _reload(node)
+        fault = await _bitmaps_fault(node, counted=True)
+        if fault:
+            await _drop_bitmaps(node, fault, work.done)
+            await work.run(after, everything=True)
+            after = Checker(node, meter)
+            await after.check(7)
     if work.impossible:
         after.findings.add("repair-impossible", -1, work.impossible)
     elif not after.findings.total(CORRUPTION) and not after.findings.total(ERROR):
@@ -116,6 +131,28 @@ async def repair_dirty(node: Qcow2Node) -> None:
             path=node.name,
             hint="run: enban check -r all, or open it read-only",
         )
+
+
+async def _bitmaps_fault(node: Qcow2Node, *, counted: bool = False) -> str:
+    """Why the bitmaps cannot be used; "" if they can. counted: refcounts are right already, and tell which
+    of their clusters are something else as well."""
+    try:
+        bitmaps = await open_bitmaps(node)
+        await bitmaps.places(counted=counted)
+    except CorruptImageError as error:
+        return error.what
+    return ""
+
+
+async def _drop_bitmaps(node: Qcow2Node, fault: str, done: Findings) -> None:
+    """Damaged bitmaps can be neither kept right nor read, and keep the image from being opened by others:
+    without the feature bit they do not count, and their clusters are free."""
+    header = node.header
+    await node.file.write((header.autoclear & ~AUTOCLEAR_BITMAPS).to_bytes(8, "big"), 88)
+    await node.file.flush()
+    header.autoclear &= ~AUTOCLEAR_BITMAPS
+    node.dirty_bitmaps = None
+    done.add("bitmaps-dropped", 88, f"the bitmaps were dropped: {fault}")
 
 
 async def _clear_bits(node: Qcow2Node, done: Findings) -> None:
@@ -172,6 +209,7 @@ class _Repair:
             return
         if everything:
             if layout.lost_tables or any(kind in found.kinds for kind in _DROPPED_KINDS):
+                await (await self.node.bitmaps()).distrust()  # the guest may see other bytes now
                 await self._drop(before)
             if rebuild:
                 await self._rebuild()
@@ -407,8 +445,8 @@ class _Repair:
         await checker.check(7)
         if checker.findings.total(ERROR) or checker.findings.total(CORRUPTION, but=("snapshot-incomplete",)):
             return
-        if node.header.autoclear & ~AUTOCLEAR_RAW_DATA:
-            return  # the engine would switch bitmaps off before a change of this kind
+        if node.header.autoclear & ~(AUTOCLEAR_RAW_DATA | AUTOCLEAR_BITMAPS):
+            return  # the engine would clear what it does not know before a change of this kind
         await _reload(node)
         await switch(
             node,

@@ -42,6 +42,8 @@ async def resize(node: Qcow2Node, size: int, preallocation: str) -> None:
         )
     async with node.mutex:
         await node.prepare_change()
+    if size != old and node.dirty_bitmaps is not None:
+        await node.dirty_bitmaps.prepare_resize(size)
     if size > old:
         await _grow(node, old, size, preallocation)
     elif size < old:
@@ -56,6 +58,9 @@ async def _grow(node: Qcow2Node, old: int, size: int, preallocation: str) -> Non
         await _grow_l1(node, needed)
     try:
         node.size = size
+        if node.dirty_bitmaps is not None:
+            node.dirty_bitmaps.resized(size)
+            node.mark(old, size - old)  # it may have been longer once, with other bytes there
         await mover.write_zeroes(node, old, size - old)
         if preallocation != "off":
             await preallocate(node, old, size - old, preallocation)
@@ -63,6 +68,8 @@ async def _grow(node: Qcow2Node, old: int, size: int, preallocation: str) -> Non
         await _set_size(node, size)
     except BaseException:
         node.size = old
+        if node.dirty_bitmaps is not None:
+            node.dirty_bitmaps.resized(old)
         raise
 
 
@@ -77,6 +84,8 @@ async def _shrink(node: Qcow2Node, old: int, size: int) -> None:
         await mover.discard(node, first, old - first)
     finally:
         node.size = size
+        if node.dirty_bitmaps is not None:
+            node.dirty_bitmaps.resized(size)
     await node.flush()
     async with node.mutex:
         await node.release_quarantine()

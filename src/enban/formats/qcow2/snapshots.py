@@ -70,6 +70,12 @@ async def apply(node: Qcow2Node, name: str) -> SnapshotEntry:
     """Make the active state that of a snapshot: its bytes, its size; what was active is given up."""
     snapshot = find(node, name)
     l1 = await read_l1(node, snapshot)
+    async with node.mutex:
+        await node.prepare_change()
+    bitmaps = node.dirty_bitmaps
+    if bitmaps is not None and snapshot.disk_size != node.size:
+        await bitmaps.prepare_resize(snapshot.disk_size)
+    node.mark(0, node.size)  # before and after: all of it may be other bytes
     await switch(
         node,
         Change(
@@ -80,4 +86,7 @@ async def apply(node: Qcow2Node, name: str) -> SnapshotEntry:
             freed=[],
         ),
     )
+    if bitmaps is not None:
+        bitmaps.resized(node.size)
+        node.mark(0, node.size)
     return snapshot

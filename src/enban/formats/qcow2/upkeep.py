@@ -15,7 +15,14 @@ from __future__ import annotations
 
 from ...errors import UnsupportedOperationError, UsageError
 from ...units import align_up
-from ...wire.qcow2 import AUTOCLEAR_RAW_DATA, EXT_BACKING_FORMAT, MAX_BACKING_NAME, OFFSET_MASK
+from ...wire.qcow2 import (
+    AUTOCLEAR_RAW_DATA,
+    EXT_BACKING_FORMAT,
+    EXT_BITMAPS,
+    EXT_FEATURE_NAMES,
+    MAX_BACKING_NAME,
+    OFFSET_MASK,
+)
 from .barrier import barrier
 
 TYPE_CHECKING = False
@@ -98,6 +105,50 @@ async def _switch(node: Qcow2Node, body: bytes, place: int, name: bytes) -> None
 async def _name_fields(node: Qcow2Node) -> tuple[bytes, bytes]:
     fields = bytes(await node.file.read(8, 12))
     return fields[:8], fields[8:]
+
+
+async def write_first_sector(node: Qcow2Node) -> None:
+    """Bring the header's fields and extensions to the disk in one write of one sector, durably; mutex held.
+
+    The bitmaps extension comes first, the feature name table last; of that, which only helps error
+    messages, as much is kept as the sector has room for. The backing file's name stays where it is,
+    or is copied first to where it is not in the way. Raises UnsupportedOperationError (nothing was
+    written) if the rest does not fit, HostError.
+    """
+    header, file = node.header, node.file
+    old = bytes(await file.read(0, node.cluster_size))
+    order = {EXT_BITMAPS: 0, EXT_FEATURE_NAMES: 2}
+    header.extensions.sort(key=lambda extension: order.get(extension[0], 1))
+    name, header.backing_name = header.backing_name, b""
+    try:
+        body = header.build()
+        while len(body) > SECTOR and header.extension(EXT_FEATURE_NAMES) is not None:
+            names = header.extension(EXT_FEATURE_NAMES) or b""
+            header.set_extension(EXT_FEATURE_NAMES, names[: (len(names) - 1) // 48 * 48] or None)
+            body = header.build()
+    finally:
+        header.backing_name = name
+    if len(body) > SECTOR:
+        raise UnsupportedOperationError(
+            f"the first sector of the header has no room for this ({len(body)} bytes)", path=node.name
+        )
+    place = int.from_bytes(old[8:16], "big") if name else 0
+    sector = bytearray(old[:SECTOR])
+    if place and place < len(body):
+        end = place + len(name)
+        place = align_up(max(end, len(body)), 8)
+        if place + len(name) > node.cluster_size:
+            raise UnsupportedOperationError(
+                "the header cluster has no room to move the backing file's name", path=node.name
+            )
+        await file.write(name, place)
+        await file.flush()
+        sector[place : place + len(name)] = name[: max(0, SECTOR - place)]
+        del sector[SECTOR:]
+    sector[: len(body)] = body
+    sector[8:20] = place.to_bytes(8, "big") + len(name).to_bytes(4, "big")
+    await file.write(sector, 0)
+    await file.flush()
 
 
 async def make_empty(node: Qcow2Node) -> None:
