@@ -43,6 +43,8 @@ class Case:
     same_json: bool = False
     # The peer is expected not to finish: it runs once, for this long at most, and the ratio becomes "> x".
     peer_bound_s: float | None = None
+    # The code with which the peer ends when all is well; its output is compared in any case.
+    peer_code: int = 0
     # Short commands deserve more samples: pairs are multiplied by this.
     more: int = 1
     # The last line each command prints is its figure, in seconds, in place of the time it took. `ours` is

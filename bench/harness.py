@@ -173,7 +173,7 @@ class Bench:
             sample = run(argv, self.folder, timeout_s=bound_s, stdout=stdout)
             if sample.timed_out and bound_s is not None:
                 return sample
-            if sample.failed:
+            if sample.ended_not(case.peer_code if argv is peer else 0):
                 ending = f"signal {-sample.code}" if sample.code < 0 else f"code {sample.code}"
                 raise Failed(f"{' '.join(argv[:2])} ended with {ending}: {sample.complaint}")
             return sample

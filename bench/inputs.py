@@ -4,6 +4,8 @@
     qcow2-SIZE      the same as qcow2, written by qemu-img
     zlib-SIZE       the same compressed, zlib, written by qemu-img
     zstd-SIZE       the same compressed, zstd, written by qemu-img
+    qcow-SIZE       the same as qcow, written by qemu-img
+    packed-SIZE     the same as qcow, compressed, written by qemu-img
     full-SIZE       qcow2 with every cluster allocated and full of random bytes, written by qemu-img
     meta-SIZE       qcow2 with every cluster allocated, tables in order, no data behind them (see metadata.py)
     shuffled-SIZE   the same with its data clusters in a random order
@@ -24,9 +26,11 @@ from pathlib import Path
 CLUSTER_BYTES = 65536
 UNITS = {"M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 QEMU_MADE = {
-    "qcow2": [],
-    "zlib": ["-c"],
-    "zstd": ["-c", "-o", "compression_type=zstd"],
+    "qcow2": ["-O", "qcow2"],
+    "zlib": ["-O", "qcow2", "-c"],
+    "zstd": ["-O", "qcow2", "-c", "-o", "compression_type=zstd"],
+    "qcow": ["-O", "qcow"],
+    "packed": ["-O", "qcow", "-c"],
 }
 KINDS = ("raw", *QEMU_MADE, "full", "meta", "shuffled")
 
@@ -40,7 +44,8 @@ def parse(name: str) -> tuple[str, int]:
 
 
 def format_of(name: str) -> str:
-    return "raw" if parse(name)[0] == "raw" else "qcow2"
+    kind = parse(name)[0]
+    return {"raw": "raw", "qcow": "qcow", "packed": "qcow"}.get(kind, "qcow2")
 
 
 def made_from(name: str) -> list[str]:
@@ -57,7 +62,7 @@ def programs(name: str) -> set[str]:
 def estimate_bytes(name: str) -> int:
     """About how much of the disk it takes, its origin not counted."""
     kind, size = parse(name)
-    if kind in ("raw", "qcow2"):
+    if kind in ("raw", "qcow2", "qcow"):
         return size // 2
     if kind == "full":
         return size
@@ -80,8 +85,14 @@ def make(folder: Path, name: str) -> Path:
         make(folder, origin)
     partial = target.with_suffix(".partial")
     if kind in QEMU_MADE:
-        command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", *QEMU_MADE[kind]]
-        subprocess.run([*command, path_of(folder, made_from(name)[0]), partial], check=True)
+        command = ["qemu-img", "convert", "-f", "raw", *QEMU_MADE[kind]]
+        source = path_of(folder, made_from(name)[0])
+        # `convert -c -O qcow` writes all of the image and then ends with 1: there the content is looked at.
+        subprocess.run([*command, source, partial], check=kind != "packed")
+        if kind == "packed":
+            subprocess.run(
+                ["qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow", source, partial], check=True
+            )
     elif kind == "full":
         write_full(partial, size)
     elif kind == "raw":

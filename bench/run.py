@@ -30,7 +30,11 @@ class Sample:
 
     @property
     def failed(self) -> bool:
-        return self.code != 0 or self.timed_out
+        return self.ended_not(0)
+
+    def ended_not(self, code: int) -> bool:
+        """Whether it ended in another way than with this code."""
+        return self.code != code or self.timed_out
 
 
 def run(

@@ -105,6 +105,11 @@ def test_the_goals_of_the_project_are_the_goals_of_the_bench() -> None:
         "raw -> qcow2 -c (zlib)": 12,
         "raw -> qcow2 -c zstd": 3,
         "compressed qcow2 (zlib) -> raw": 2,
+        "raw -> qcow": 1.3,
+        "qcow -> raw": 1.3,
+        "qcow -> qcow2": 1.3,
+        "raw -> qcow -c": 1.3,
+        "compressed qcow -> raw": 1.3,
         "compare raw and qcow2, 2 GiB": 1.3,
         "check 1 TiB, tables in order": 3,
         "check 1 TiB, shuffled": 50,
@@ -258,6 +263,15 @@ def test_a_failing_command_fails_its_row_with_its_last_words(make_bench: Callabl
     row = make_bench().measure(case.Case("x", peer="true", ours="'echo no such image >&2; exit 1'"))
     assert row.verdict == "failed"
     assert "code 1: no such image" in row.why
+
+
+def test_a_peer_may_end_with_the_code_its_case_names(make_bench: Callable[..., Bench]) -> None:
+    row = make_bench().measure(case.Case("x", peer="sh -c 'exit 3'", ours="'exit 0'", peer_code=3))
+    assert row.verdict == "shown"
+    other = make_bench().measure(case.Case("x", peer="true", ours="'exit 0'", peer_code=3))
+    assert other.verdict == "failed" and "code 0" in other.why
+    ours = make_bench().measure(case.Case("x", peer="sh -c 'exit 3'", ours="'exit 3'", peer_code=3))
+    assert ours.verdict == "failed" and "code 3" in ours.why
 
 
 def test_different_json_fails_the_row(make_bench: Callable[..., Bench]) -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 
 import enban
 from enban.block import mover
+from enban.block.codec import deflater
 from enban.block.door import Door
 from enban.block.node import Node
 from enban.block.runtime import BLOCKING, drive
+from enban.errors import CorruptDataError
 from enban.filters import writelog
-from enban.filters.faults import Faults
+from enban.filters.faults import READ, Call, Faults
 from enban.filters.writelog import WriteLog
 from enban.formats.raw import RawNode
 from enban.storage.memory import MemoryStorage
-from tests.support import KIB, MIB, Face, check_bytes, empty_image, open_memory, pattern, raw_node
+from tests.support import KIB, MIB, AnyDisk, Face, check_bytes, empty_image, open_memory, pattern, raw_node
 
 
 def overlay(below: Node | None, size: int, **options: Any) -> tuple[enban.Disk, WriteLog]:
@@ -153,3 +156,102 @@ def test_reading_what_is_not_there_asks_no_storage() -> None:
     assert disk.pread(16 * MIB, 1 * MIB) == bytes(16 * MIB)
     assert storage.calls == calls
     disk.close()
+
+
+# -- packed units that stand together --------------------------------------------------------
+
+
+def reads_of(storage: Faults) -> list[tuple[int, int]]:
+    """Lets a storage note its reads from now on, as (offset, length)."""
+    noted: list[tuple[int, int]] = []
+
+    def note(call: Call) -> None:
+        if call.operation == READ:
+            noted.append((call.offset, call.length))
+
+    storage.decide = note
+    return noted
+
+
+async def packed_disk(
+    face: Face, cluster: int, count: int, options: dict[str, Any]
+) -> tuple[AnyDisk, Faults, bytearray]:
+    """`count` packed clusters of which each fourth is written over or left out, and what they hold."""
+    memory = MemoryStorage(face.runtime(), empty_image(count * cluster, cluster_size=cluster, **options))
+    storage = Faults(memory)
+    disk = face.disk(await open_memory(storage))
+    pack = deflater(disk.node.codec)
+    model = bytearray(count * cluster)
+    for number in range(count):
+        at = number * cluster
+        if number % 16 != 5:
+            content = random.Random(number).randbytes(cluster // 2).ljust(cluster, b"-")
+            await disk.door.write_packed(pack(content), at)
+            model[at : at + cluster] = content
+        if number % 16 == 9:
+            await disk.pwrite(b"plain", at + 7)
+            model[at + 7 : at + 12] = b"plain"
+    return disk, storage, model
+
+
+@pytest.mark.parametrize(
+    ("cluster", "options"),
+    [(512, {}), (4096, {}), (4096, {"compression_type": "zstd"}), (65536, {"extended_l2": True})],
+    ids=["512", "4k", "4k-zstd", "64k-ext"],
+)
+def test_packed_neighbours_are_read_at_once(face: Face, cluster: int, options: dict[str, Any]) -> None:
+    async def scenario() -> None:
+        disk, storage, model = await packed_disk(face, cluster, 64, options)
+        assert await disk.pread(len(model), 0) == model
+        noted = reads_of(storage)
+        assert await disk.pread(len(model), 0) == model
+        # A run of packed clusters ends at a hole or a plain cluster, or where it would be too long to read.
+        assert len(noted) <= 4 * 4 + 64 * cluster // mover._PACKED_BATCH
+        assert max(length for _, length in noted) <= mover._PACKED_BATCH
+        some = random.Random(cluster)
+        for _ in range(60):
+            start, end = sorted(some.sample(range(len(model) + 1), 2))
+            assert await disk.pread(end - start, start) == model[start:end]
+        await disk.close()
+
+    face.run(scenario())
+
+
+def test_bytes_nobody_asked_for_are_read_between_packed_units_only_where_they_are_few(face: Face) -> None:
+    async def scenario() -> None:
+        storage = Faults(MemoryStorage(face.runtime(), empty_image(MIB, cluster_size=4096)))
+        disk = face.disk(await open_memory(storage))
+        pack = deflater("zlib")
+        contents = [bytes([number]) * 4096 for number in range(1, 5)]
+        for place, number in ((0, 0), (1, 1), (50, 3), (2, 2)):  # the third in the file is not the third here
+            await disk.door.write_packed(pack(contents[number]), place * 4096)
+        for number in range(20, 24):
+            await disk.pwrite(b"x" * 4096, number * 4096)
+        await disk.door.write_packed(pack(contents[3]), 3 * 4096)
+        assert await disk.pread(4096, 0) == contents[0]
+        noted = reads_of(storage)
+        assert await disk.pread(3 * 4096, 0) == b"".join(contents[:3])
+        assert len(noted) == 1 and noted[0][1] < 1000  # over the packed cluster between them
+        noted.clear()
+        assert await disk.pread(2 * 4096, 2 * 4096) == contents[2] + contents[3]
+        assert len(noted) in (1, 2) and sum(length for _, length in noted) < 4096 + 1024
+        await disk.close()
+
+    face.run(scenario())
+
+
+def test_a_broken_unit_among_sound_ones_is_named(face: Face) -> None:
+    async def scenario() -> None:
+        disk, storage, model = await packed_disk(face, 4096, 16, {})
+        extents = [extent async for extent in disk.map()]
+        broken = next(extent for extent in extents if extent.start == 3 * 4096)
+        assert isinstance(storage.below, MemoryStorage)
+        storage.below.content[broken.host : broken.host + 16] = b"\xff" * 16
+        with pytest.raises(CorruptDataError) as caught:
+            await disk.pread(16 * 4096, 0)
+        assert caught.value.offset == broken.host
+        assert await disk.pread(3 * 4096, 0) == model[: 3 * 4096]
+        assert await disk.pread(1000, 4 * 4096) == model[4 * 4096 : 4 * 4096 + 1000]
+        await disk.close()
+
+    face.run(scenario())

@@ -129,6 +129,18 @@ def test_several_sources_stand_one_after_the_other(tmp_path: Path) -> None:
     assert content(tmp_path / "all.qcow2") == b"".join(parts)
 
 
+def test_a_run_of_data_goes_over_from_one_source_to_the_next(tmp_path: Path) -> None:
+    parts = [bytes([number]) * length for number, length in ((1, 4096 * 3), (2, 512), (3, 3 << 20))]
+    names = []
+    for number, part in enumerate(parts):
+        names.append(str(tmp_path / f"{number}.raw"))
+        Path(names[-1]).write_bytes(part)
+    packed = str(tmp_path / "packed.qcow2")
+    convert(names[2], packed, source_format="raw", target_format="qcow2", compress=True)
+    convert([*names[:2], packed], str(tmp_path / "all.raw"), target_cache="unsafe", workers=2)
+    assert (tmp_path / "all.raw").read_bytes() == b"".join(parts)
+
+
 def test_into_an_existing_image_zeros_are_written(tmp_path: Path, source: Path) -> None:
     target = make_qcow2(tmp_path / "target.qcow2", SIZE, cluster_size=4096)
     with enban.open(target, writable=True) as disk:

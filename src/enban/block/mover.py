@@ -29,6 +29,10 @@ STRIDE = 8 << 20
 # A partial unit and its surroundings are joined to one write up to this size.
 JOIN = 2 << 20
 _UNPACKED_BYTES = 4 << 20  # inflated clusters kept for the next small read
+# Packed units that stand close together are read and inflated at once: so many packed bytes at most,
+# and so many between two of them that nobody asked for.
+_PACKED_BATCH = 1 << 20
+_PACKED_GAP = 4096
 
 _ZEROES = memoryview(bytes(1 << 20))
 
@@ -64,8 +68,12 @@ async def read_into(node: Node, buffer: memoryview, offset: GuestOffset) -> None
             await node.data.read_into(buffer, host)
         return
     position = 0
+    packed: list[Extent] = []  # units before `position` that are still to be read
     while position < length:
         extent = await resolve(node, offset + position, length - position)
+        if packed and not _close_by(packed, extent):
+            await _read_packed(packed, buffer, offset)
+            packed = []
         part = buffer[position : position + extent.length]
         position += extent.length
         if extent.kind == DATA:
@@ -74,9 +82,11 @@ async def read_into(node: Node, buffer: memoryview, offset: GuestOffset) -> None
             elif not extent.storage.read_now(part, extent.host):
                 await extent.storage.read_into(part, extent.host)
         elif extent.kind == COMPRESSED:
-            await _read_packed(extent, part)
+            packed.append(extent)
         else:
             fill_zeroes(part)
+    if packed:
+        await _read_packed(packed, buffer, offset)
 
 
 def fill_zeroes(buffer: memoryview) -> None:
@@ -98,28 +108,56 @@ async def _read_encrypted(extent: Extent, part: memoryview) -> None:
         part[:] = sectors[lead : lead + len(part)]
 
 
-async def _read_packed(extent: Extent, part: memoryview) -> None:
-    node = extent.node
-    key = (node.generation, extent.host)
-    data = node.unpacked.get(key)
-    if data is None:
-        assert extent.storage is not None
-        packed = bytearray(extent.packed)
-        if not extent.storage.read_now(packed, extent.host):
-            await extent.storage.read_into(packed, extent.host)
-        data = await node.runtime.offload(_inflate, node, packed, extent.host)
-        if len(part) < len(data):  # the rest of the unit is likely to be read next
-            kept = node.unpacked
-            most = max(2, _UNPACKED_BYTES // node.cluster_size)
-            for old in list(kept)[: max(0, len(kept) - most + 1)]:  # one step, so safe among threads
-                kept.pop(old, None)
-            kept[key] = data
-    skip = extent.start - extent.unit
-    part[:] = memoryview(data)[skip : skip + len(part)]
+def _close_by(packed: list[Extent], extent: Extent) -> bool:
+    """Whether a packed unit can be read together with those before it."""
+    before = packed[-1]
+    return (
+        extent.kind == COMPRESSED
+        and extent.node is before.node
+        and before.host < extent.host <= before.host + before.packed + _PACKED_GAP
+        and extent.host + extent.packed - packed[0].host <= _PACKED_BATCH
+    )
 
 
-def _inflate(node: Node, packed: bytearray, host: int) -> bytes:
-    return codec.inflate(node.codec, packed, node.cluster_size, path=node.name, offset=host)
+async def _read_packed(extents: list[Extent], buffer: memoryview, offset: GuestOffset) -> None:
+    """Inflate units of one node, in the order of their places, into the buffer of a read at `offset`."""
+    first = extents[0]
+    node, generation = first.node, first.node.generation
+    if len(extents) == 1 and (data := node.unpacked.get((generation, first.host))) is not None:
+        _place(first, data, buffer, offset)
+        return
+    # Where lengths are in whole sectors, a unit may seem to reach past the start of the next one.
+    packed = bytearray(max([extent.host + extent.packed for extent in extents]) - first.host)
+    assert first.storage is not None
+    if not first.storage.read_now(packed, first.host):
+        await first.storage.read_into(packed, first.host)
+    await node.runtime.offload(_inflate, extents, generation, packed, buffer, offset)
+
+
+def _inflate(
+    extents: list[Extent], generation: int, packed: bytearray, buffer: memoryview, offset: GuestOffset
+) -> None:
+    node, base = extents[0].node, extents[0].host
+    size = node.cluster_size
+    with memoryview(packed) as view:
+        for extent in extents:
+            start = extent.host - base
+            data = codec.inflate(
+                node.codec, view[start : start + extent.packed], size, path=node.name, offset=extent.host
+            )
+            _place(extent, data, buffer, offset)
+            if extent.length < size:  # the rest of the unit is likely to be read next
+                kept = node.unpacked
+                most = max(2, _UNPACKED_BYTES // size)
+                for old in list(kept)[: max(0, len(kept) - most + 1)]:  # one step, so safe among threads
+                    kept.pop(old, None)
+                kept[generation, extent.host] = data
+
+
+def _place(extent: Extent, data: bytes, buffer: memoryview, offset: GuestOffset) -> None:
+    """Put the part of an inflated unit that the extent speaks of where it belongs."""
+    start, skip = extent.start - offset, extent.start - extent.unit
+    buffer[start : start + extent.length] = memoryview(data)[skip : skip + extent.length]
 
 
 async def write(node: Node, buffer: memoryview, offset: GuestOffset) -> None:

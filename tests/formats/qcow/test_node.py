@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -583,3 +584,32 @@ def test_a_failed_emptying_stops_all_changes() -> None:
 
 def test_what_it_says_of_itself() -> None:
     assert drive(open_disk(memory_qcow(MIB)).node.describe()) == {"cluster-size": 4096, "dirty-flag": False}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_runs_agree_with_extents(seed: int) -> None:
+    """What lists a whole image joins packed clusters and nothing else."""
+    some = random.Random(seed)
+    disk = open_disk(memory_qcow(400 * KIB, cluster_size=512, l2_entries=64))
+    pack = deflater("zlib")
+    for _ in range(200):
+        at = some.randrange(800) * 512
+        if some.random() < 0.7:
+            disk.write_packed(pack(bytes([some.randrange(256)]) * 512), at)
+        else:
+            disk.pwrite(b"x" * 512, at)
+    assert disk.pread(400 * KIB, 0)
+    kinds = {extent.start + step: extent for extent in disk.map() for step in range(0, extent.length, 512)}
+    offset = joined = 0
+    while offset < disk.size:
+        found = disk.node.runs(offset, disk.size - offset)
+        assert found is not None
+        for start, length, kind, host in found:
+            assert start == offset and length > 0
+            for at in range(start, start + length, 512):
+                extent = kinds[at]
+                assert extent.kind == kind
+                assert host == -1 or host + at - start == extent.host + at - extent.start
+            joined += kind == COMPRESSED and length > 512
+            offset += length
+    assert offset == disk.size and joined

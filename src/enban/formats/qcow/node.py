@@ -171,6 +171,11 @@ class QcowNode(Node):
             return Extent(offset, length, DATA, self, storage, entry + inside)
         return Extent(offset, length, UNALLOCATED, self)
 
+    def runs(self, offset: GuestOffset, length: int) -> list[tuple[GuestOffset, int, int, HostOffset]] | None:
+        from .runs import runs
+
+        return runs(self, offset, length)
+
     def _check_place(self, entry: int, offset: GuestOffset) -> None:
         if entry > self.last_place:
             raise self._bad_entry(offset, f"points to {entry:#x}, past the end of the file")
