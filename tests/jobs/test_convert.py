@@ -16,7 +16,9 @@ import enban
 from enban.errors import EnbanError, UsageError
 from enban.jobs.convert import convert
 from enban.jobs.copier import find_data
-from tests.support import check_file, make_qcow2, needs_qemu_img, qemu_check, qemu_img
+from tests.support import check_file, make_qcow2, needs_qemu_img, pattern, qemu_check, qemu_img
+
+KIB, MIB = 1 << 10, 1 << 20
 
 SIZE = 9 * (1 << 20) + 512 * 3
 
@@ -374,3 +376,60 @@ def test_standard_input_refuses_what_it_cannot_do(tmp_path: Path, more: dict[str
     with pytest.raises(UsageError, match="standard input does not go with"):
         convert("-", tmp_path / "out.raw", **more)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+@pytest.mark.parametrize("out_of_order", [False, True])
+def test_packing_over_something_writes_the_zeros_too(
+    tmp_path: Path, compression: str, out_of_order: bool
+) -> None:
+    """Into an image that holds other data, and into an overlay, where only what the source's top layer holds
+    is copied: a cluster that is in part below is packed with what shows through."""
+    size = 6 * MIB + 512
+    base, source = tmp_path / "base.qcow2", tmp_path / "source.qcow2"
+    make_qcow2(base, size)
+    with enban.open(base, writable=True) as disk:
+        disk.pwrite(pattern(size, seed=1), 0)
+    make_qcow2(source, size, backing_file=str(base), backing_fmt="qcow2")
+    small = tmp_path / "small.qcow2"  # its clusters are smaller than the target's
+    make_qcow2(small, size, backing_file=str(base), backing_fmt="qcow2", cluster_size=4096)
+    for path in (source, small):
+        with enban.open(path, writable=True, gate=enban.TRUSTED) as disk:
+            disk.pwrite(bytes(128 * KIB), 64 * KIB)
+            disk.pwrite(b"text " * 1000, 1 * MIB + 4096)
+            disk.write_zeroes(3 * MIB, 100 * KIB)
+            disk.pwrite(os.urandom(200 * KIB), 4 * MIB)
+            disk.write_zeroes(size - 4096, 4096)
+    for path in (source, small):
+        with enban.open(path, gate=enban.TRUSTED) as disk:
+            content = disk.pread(size, 0)
+        over = tmp_path / f"over-{path.name}"
+        settings = {"cluster_size": "64k", "compression_type": compression}
+        enban.convert(
+            path,
+            over,
+            target_format="qcow2",
+            options=settings,
+            compress=True,
+            backing=str(base),
+            backing_format="qcow2",
+            out_of_order=out_of_order,
+        )
+        into = tmp_path / f"into-{path.name}"
+        make_qcow2(into, size, compression_type=compression)
+        with enban.open(into, writable=True) as disk:
+            disk.pwrite(pattern(size, seed=2), 0)
+        enban.convert(
+            path,
+            into,
+            target_format="qcow2",
+            compress=True,
+            target_exists=True,
+            out_of_order=out_of_order,
+        )
+        for made in (over, into):
+            with enban.open(made, gate=enban.TRUSTED) as disk:
+                assert disk.pread(size, 0) == content
+            check_file(made)
+        with enban.open(over, gate=enban.TRUSTED) as disk:
+            assert {extent.depth for extent in disk.map()} == {0, 1}

@@ -11,6 +11,7 @@ import threading
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
 
 class Stopped(Exception):
@@ -21,11 +22,11 @@ class InOrder:
     """take: called with the results numbered 0, 1, 2, ..., one after the other, on any of the threads.
     most: how many may wait for an earlier one."""
 
-    def __init__(self, take: Callable[[object], None], most: int) -> None:
+    def __init__(self, take: Callable[[Any], None], most: int) -> None:
         self._take = take
         self._most = most
         self._changed = threading.Condition()
-        self._waiting: dict[int, object] = {}
+        self._waiting: dict[int, Any] = {}
         self._next = 0
         self._taking = False
         self._stopped = False
@@ -35,7 +36,7 @@ class InOrder:
             self._stopped = True
             self._changed.notify_all()
 
-    def bring(self, number: int, result: object) -> None:
+    def bring(self, number: int, result: Any) -> None:
         """Leave a result. Takes it, and those that waited for it, if it is the next. Raises Stopped, and
         what `take` raises."""
         with self._changed:
@@ -56,7 +57,7 @@ class InOrder:
                 self._changed.notify_all()
             raise
 
-    def _following(self) -> object | None:
+    def _following(self) -> Any:
         with self._changed:
             if self._stopped:
                 raise Stopped
