@@ -194,10 +194,14 @@ def _broken(name: str, number: int, what: str) -> UsageError:
     return UsageError(f"line {number} {what}", path=name, hint="is this a recording of enban serial?")
 
 
-def replay(folder: str | os.PathLike[str], doctor: Doctor | None = None) -> Doctor:
-    """A doctor that has seen a whole recording. Raises as `read`."""
+def replay(
+    folder: str | os.PathLike[str], doctor: Doctor | None = None, *, until_ns: int | None = None
+) -> Doctor:
+    """A doctor that has seen a whole recording, or the first so many nanoseconds of it. Raises as `read`."""
     doctor = doctor if doctor is not None else Doctor()
     for moment in read(folder):
+        if until_ns is not None and moment.t_ns > until_ns:
+            break
         if moment.kind == BYTES:
             doctor.saw(moment.side, moment.data, moment.t_ns)
         elif moment.kind == OPENED:

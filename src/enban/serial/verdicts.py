@@ -175,9 +175,11 @@ def _damage(doctor: Doctor) -> Verdict | None:
     """Broken packets and bytes between packets. A few that were sent again are how the protocol works."""
     evidence, places, grave = [], [], False
     for side, sender in enumerate(doctor.sides):
-        if not sender.broken or not sender.packets:
+        if not sender.broken:
             continue
         unhealed = sender.unhealed_ns and doctor.now_ns - sender.unhealed_ns > 3 * doctor.timeout_ns
+        if sender.present is False and sender.unhealed_ns >= sender.closed_ns:
+            unhealed = False  # it went away in the middle of a packet
         grave |= bool(unhealed) or (sender.broken >= 3 and sender.broken * 20 >= sender.packets)
         reasons = sorted({reason for _, reason in sender.broken_at})
         evidence.append(
