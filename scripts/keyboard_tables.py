@@ -164,7 +164,9 @@ def layout_module(keys: dict[str, Key], xkb: list[list[str]]) -> str:
     line = ""
     for row in xkb:
         if row[0] == "keysym" and row[1] in used:
-            item = f"{row[1]} {row[2]} {row[3]}"
+            # Return, Tab, Escape and their like are keys, not characters.
+            printed = row[3] if row[3] != "-" and int(row[3], 16) >= 0x20 and row[3] != "7f" else "-"
+            item = f"{row[1]} {row[2]} {printed}"
             if len(line) + len(item) > 105:
                 lines.append(line)
                 line = ""

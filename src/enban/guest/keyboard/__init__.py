@@ -10,13 +10,16 @@ is given, and when nothing picture                 a layout drawn in a terminal
 
 from __future__ import annotations
 
+from enban.guest.keyboard.keymap_file import qemu_keymap
 from enban.guest.keyboard.keys import Key, by_name, from_browser, from_evdev, from_vnc, from_x, x_driver
+from enban.guest.keyboard.keysyms import KeysymTranslator
 from enban.guest.keyboard.layouts import layout, layout_names
 from enban.guest.keyboard.send import Pacer, send_strokes
 from enban.guest.keyboard.strokes import Stroke, chord_strokes, text_strokes
 
 __all__ = [
     "Key",
+    "KeysymTranslator",
     "Pacer",
     "Stroke",
     "by_name",
@@ -27,6 +30,7 @@ __all__ = [
     "from_x",
     "layout",
     "layout_names",
+    "qemu_keymap",
     "send_strokes",
     "text_strokes",
     "x_driver",

@@ -698,21 +698,21 @@ singlelowquotemark afd 201a  doublelowquotemark afe 201e  OE 13bc 152  oe 13bd 1
 ISO_Level3_Shift fe03 -  ISO_Left_Tab fe20 -  dead_grave fe50 -  dead_acute fe51 -  dead_circumflex fe52 -
 dead_tilde fe53 -  dead_macron fe54 -  dead_breve fe55 -  dead_abovedot fe56 -  dead_diaeresis fe57 -
 dead_abovering fe58 -  dead_doubleacute fe59 -  dead_caron fe5a -  dead_cedilla fe5b -  dead_ogonek fe5c -
-dead_belowdot fe60 -  dead_hook fe61 -  dead_horn fe62 -  dead_belowmacron fe68 -  BackSpace ff08 8
-Tab ff09 9  Linefeed ff0a a  Return ff0d d  Pause ff13 -  Scroll_Lock ff14 -  Sys_Req ff15 -
-Escape ff1b 1b  Kanji ff21 -  Muhenkan ff22 -  Henkan_Mode ff23 -  Romaji ff24 -  Hiragana ff25 -
-Katakana ff26 -  Hiragana_Katakana ff27 -  Zenkaku_Hankaku ff2a -  Eisu_toggle ff30 -  Hangul ff31 -
-Hangul_Hanja ff34 -  Home ff50 -  Left ff51 -  Up ff52 -  Right ff53 -  Down ff54 -  Prior ff55 -
-Next ff56 -  End ff57 -  Print ff61 -  Execute ff62 -  Insert ff63 -  Undo ff65 -  Redo ff66 -  Menu ff67 -
-Find ff68 -  Cancel ff69 -  Help ff6a -  Break ff6b -  Num_Lock ff7f -  KP_Enter ff8d d  KP_Home ff95 -
-KP_Left ff96 -  KP_Up ff97 -  KP_Right ff98 -  KP_Down ff99 -  KP_Prior ff9a -  KP_Next ff9b -
-KP_End ff9c -  KP_Begin ff9d -  KP_Insert ff9e -  KP_Delete ff9f -  KP_Multiply ffaa 2a  KP_Add ffab 2b
+dead_belowdot fe60 -  dead_hook fe61 -  dead_horn fe62 -  dead_belowmacron fe68 -  BackSpace ff08 -
+Tab ff09 -  Linefeed ff0a -  Return ff0d -  Pause ff13 -  Scroll_Lock ff14 -  Sys_Req ff15 -  Escape ff1b -
+Kanji ff21 -  Muhenkan ff22 -  Henkan_Mode ff23 -  Romaji ff24 -  Hiragana ff25 -  Katakana ff26 -
+Hiragana_Katakana ff27 -  Zenkaku_Hankaku ff2a -  Eisu_toggle ff30 -  Hangul ff31 -  Hangul_Hanja ff34 -
+Home ff50 -  Left ff51 -  Up ff52 -  Right ff53 -  Down ff54 -  Prior ff55 -  Next ff56 -  End ff57 -
+Print ff61 -  Execute ff62 -  Insert ff63 -  Undo ff65 -  Redo ff66 -  Menu ff67 -  Find ff68 -
+Cancel ff69 -  Help ff6a -  Break ff6b -  Num_Lock ff7f -  KP_Enter ff8d -  KP_Home ff95 -  KP_Left ff96 -
+KP_Up ff97 -  KP_Right ff98 -  KP_Down ff99 -  KP_Prior ff9a -  KP_Next ff9b -  KP_End ff9c -
+KP_Begin ff9d -  KP_Insert ff9e -  KP_Delete ff9f -  KP_Multiply ffaa 2a  KP_Add ffab 2b
 KP_Separator ffac 2c  KP_Subtract ffad 2d  KP_Decimal ffae 2e  KP_Divide ffaf 2f  KP_0 ffb0 30
 KP_1 ffb1 31  KP_2 ffb2 32  KP_3 ffb3 33  KP_4 ffb4 34  KP_5 ffb5 35  KP_6 ffb6 36  KP_7 ffb7 37
 KP_8 ffb8 38  KP_9 ffb9 39  KP_Equal ffbd 3d  F1 ffbe -  F2 ffbf -  F3 ffc0 -  F4 ffc1 -  F5 ffc2 -
 F6 ffc3 -  F7 ffc4 -  F8 ffc5 -  F9 ffc6 -  F10 ffc7 -  F11 ffc8 -  F12 ffc9 -  Shift_L ffe1 -
 Shift_R ffe2 -  Control_L ffe3 -  Control_R ffe4 -  Caps_Lock ffe5 -  Meta_L ffe7 -  Meta_R ffe8 -
-Alt_L ffe9 -  Alt_R ffea -  Super_L ffeb -  Super_R ffec -  Delete ffff 7f  U017F 100017f 17f
+Alt_L ffe9 -  Alt_R ffea -  Super_L ffeb -  Super_R ffec -  Delete ffff -  U017F 100017f 17f
 U1E9E 1001e9e 1e9e  U2022 1002022 2022  U2026 1002026 2026  U2032 1002032 2032  U2033 1002033 2033
 U2039 1002039 2039  U203A 100203a 203a  SunProps 1005ff70 -  SunFront 1005ff71 -
 XF86AudioLowerVolume 1008ff11 -  XF86AudioMute 1008ff12 -  XF86AudioRaiseVolume 1008ff13 -

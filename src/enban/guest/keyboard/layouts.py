@@ -67,16 +67,28 @@ def _keysym_table() -> dict[str, tuple[int, str]]:
     return found
 
 
+@cache
+def _names() -> dict[int, str]:
+    return {number: name for name, (number, _) in _keysym_table().items()}
+
+
+@cache
+def _characters() -> dict[int, str]:
+    return dict(_keysym_table().values())
+
+
 def keysym_number(name: str) -> int:
     return _keysym_table()[name][0]
 
 
 def keysym_name(number: int) -> str:
     """The name of a keysym of any layout, or its number in hex."""
-    for name, (value, _) in _keysym_table().items():
-        if value == number:
-            return name
-    return f"{number:#x}"
+    return _names().get(number, f"{number:#x}")
+
+
+def symbol_character(name: str) -> str:
+    """The character of a keysym of a layout by its name, "" if none (and for "")."""
+    return _keysym_table()[name][1] if name else ""
 
 
 def keysym_character(number: int) -> str:
@@ -87,10 +99,7 @@ def keysym_character(number: int) -> str:
         return chr(number)
     if 0x1000100 <= number <= 0x110FFFF and not 0x100D800 <= number <= 0x100DFFF:
         return chr(number - 0x1000000)
-    for value, character in _keysym_table().values():
-        if value == number:
-            return character
-    return ""
+    return _characters().get(number, "")
 
 
 class Way:
@@ -144,10 +153,10 @@ class Layout:
         found: list[tuple[int, str, Way]] = []  # cost, character, way
         dead: list[tuple[Key, int, str]] = []
         for key, level, symbol in entries:
-            character = _keysym_table()[symbol][1]
+            character = symbol_character(symbol)
             if symbol in DEAD:
                 dead.append((key, level, symbol))
-            elif character > "\x1f" and not key.name.startswith(("kp_", "delete")):
+            elif character and not key.name.startswith("kp_"):
                 found.append((_COST[level], character, Way((key, level))))
         direct: dict[str, Way] = {}
         for _, character, way in sorted(found, key=lambda item: item[0]):
@@ -176,7 +185,7 @@ class Layout:
         symbol = self.levels.get(key, ("",) * 4)[level]
         if symbol in DEAD:
             return DEAD[symbol][1] or symbol
-        character = _keysym_table()[symbol][1] if symbol else ""
+        character = symbol_character(symbol)
         return character if character.isprintable() and character.strip() else symbol
 
 
