@@ -28,6 +28,7 @@ VERBS = {
     "snapshot": "List, create, apply and delete the snapshots inside an image",
     "commit": "Write the data of an image into its backing file",
     "serve": "Serve disks over NBD",
+    "torture": "Find out whether disks keep their promises in crashes and failures",
 }
 # Verbs that may leave something half-made if they are killed: they clean up on SIGTERM too.
 _MAKERS = ("create", "convert", "dd", "rebase", "commit", "resize", "check", "snapshot")
