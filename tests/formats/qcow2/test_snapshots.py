@@ -180,9 +180,12 @@ OPERATIONS = [
 
 
 def _do(disk: Disk, operation: str, name: str) -> None:
-    {"create": disk.create_snapshot, "apply": disk.apply_snapshot, "delete": disk.delete_snapshot}[operation](
-        name
-    )
+    if operation == "create":
+        disk.create_snapshot(name)
+    elif operation == "apply":
+        disk.apply_snapshot(name)
+    else:
+        disk.delete_snapshot(name)
 
 
 State = tuple[dict[str, bytes], bytes]  # the content of each snapshot, the active content

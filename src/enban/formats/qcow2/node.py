@@ -117,6 +117,7 @@ class Qcow2Node(Node):
         self.tracked: tuple[Bits, ...] = ()  # where writes are recorded
         self.mark_zeroes = False  # also where the backing file shows zeros
         self._halted: type[EnbanError] | None = None
+        self.vm_state_new = False  # the VM state was written since the last snapshot
         self.header_doubtful = False  # what the header on disk says is unknown: the next barrier writes it
 
     def present(self, entry: int) -> bool:
@@ -582,6 +583,7 @@ class Qcow2Node(Node):
                     self.file, snapshot.l1_offset, snapshot.l1_entries, what, self.name
                 )
                 self.size = snapshot.disk_size
+                self.vm_state_size = snapshot.vm_state_size
                 if len(self.l1) << self.l2_shift < self.size:
                     raise CorruptImageError(f"{what} is too small", path=self.name, offset=snapshot.l1_offset)
                 self.header.autoclear &= ~AUTOCLEAR_BITMAPS  # they speak of the active state
@@ -605,6 +607,21 @@ class Qcow2Node(Node):
         from .snapshots import delete
 
         await delete(self, name)
+
+    async def write_vm_state(self, buffer: memoryview, offset: int) -> bool:
+        from .vm_state import write
+
+        return await write(self, buffer, offset)
+
+    async def prepare_vm_state(self, end: int) -> None:
+        from .vm_state import prepare
+
+        await prepare(self, end)
+
+    async def read_vm_state(self, buffer: memoryview, offset: int) -> None:
+        from .vm_state import read
+
+        await read(self, buffer, offset)
 
     async def resize(self, size: int, *, preallocation: str = "off") -> None:
         from .resize import resize
