@@ -23,9 +23,9 @@ from enban.errors import (
 )
 from enban.filters.faults import Call, Fault, Faults, fail_at
 from enban.filters.writelog import WriteLog
+from enban.lab.crash_states import Replay
+from enban.lab.qcow2_reader import Qcow2Reader
 from enban.storage.memory import MemoryStorage
-from tests.crash_states import Replay
-from tests.qcow2_reader import Qcow2Reader
 from tests.support import check_bytes, check_file, empty_image, make_qcow2, open_memory, pattern
 
 SHAPES: list[dict[str, Any]] = [
