@@ -303,8 +303,8 @@ class Qcow2Node(Node):
                 add(place, length, "L1 table of a snapshot")
         if header.snapshot_count:
             add(header.snapshots_offset, len(build_snapshots(self.snapshots)), "snapshot table")
-        for place in bitmaps:
-            add(*place)
+        for region in bitmaps:
+            add(*region)
         self.refcounts.metadata |= metadata
 
     async def _stored(self, offset: HostOffset, length: int) -> AsyncIterator[tuple[HostOffset, int]]:
