@@ -191,9 +191,10 @@ class AsyncDisk:
         """The internal snapshots, oldest first: id, name, date_s, disk_size, vm_state_size, ..."""
         return self.door.node.snapshots_here()
 
-    async def create_snapshot(self, name: str) -> SnapshotEntry:
-        """Keep the present state inside the image. Raises UsageError if the name is taken."""
-        return await self.door.create_snapshot(name)
+    async def create_snapshot(self, name: str, *, vm_clock_ns: int = 0) -> SnapshotEntry:
+        """Keep the present state inside the image, with the VM state written since the last snapshot.
+        vm_clock_ns: the guest's time. Raises UsageError if the name is taken."""
+        return await self.door.create_snapshot(name, vm_clock_ns=vm_clock_ns)
 
     async def apply_snapshot(self, name: str) -> None:
         """Go back to a snapshot (id or name): its bytes and its virtual size."""
@@ -202,6 +203,23 @@ class AsyncDisk:
     async def delete_snapshot(self, name: str) -> None:
         """Remove a snapshot (id or name)."""
         await self.door.delete_snapshot(name)
+
+    @property
+    def vm_state_size(self) -> int:
+        """Bytes of VM state that can be read: as written, or as an applied snapshot had it."""
+        return self.door.node.vm_state_size
+
+    async def write_vm_state(self, data: ReadBuffer, offset: int) -> int:
+        """Write a part of a guest's memory and devices beside the disk, for the next snapshot to take with
+        it. The first write after a snapshot was made or applied begins a new state. Returns its length."""
+        await self.door.write_vm_state(data, offset)
+        return memoryview(data).nbytes
+
+    async def read_vm_state(self, length: int, offset: int) -> bytes:
+        """`length` bytes of the VM state from `offset`."""
+        buffer = bytearray(max(0, min(length, self.vm_state_size - offset + 1)))  # one too many is refused
+        await self.door.read_vm_state(buffer, offset)
+        return bytes(buffer)
 
     async def commit(self) -> int:
         """Of a disk opened with `snapshot=True`: write its changes down into the image, and go on with an

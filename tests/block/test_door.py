@@ -376,3 +376,25 @@ def test_usage_errors_do_not_pass() -> None:
     with pytest.raises(UsageError):
         drive(raw.door.write_packed(b"x", 0))
     disk.close()
+
+
+def test_going_back_to_a_snapshot_does_not_wait_for_a_batch_that_waits_for_it() -> None:
+    """A server's batch stays in the ledger while one of its requests is held up at the door."""
+    disk = enban.Disk(drive(open_memory(MemoryStorage(BLOCKING, empty_image(64 * KIB, cluster_size=4096)))))
+    disk.create_snapshot("then")
+    door = disk.door
+    batch = door.ledger.begin_batch()
+    held = drive(door.node.ranges.acquire(0, 4096))  # so that the door is still paused when the write comes
+    back = threading.Thread(target=disk.apply_snapshot, args=("then",))
+    back.start()
+    while not door.paused:
+        pass
+    write = threading.Thread(target=disk.pwrite, args=(b"late", 0))
+    write.start()
+    door.node.ranges.release(held)
+    write.join(30)
+    assert not write.is_alive()
+    door.ledger.end_batch(batch, 0)
+    back.join(30)
+    assert not back.is_alive() and disk.pread(4, 0) == b"late"
+    disk.close()

@@ -45,9 +45,12 @@ def test_both_programs_on_one_image(tmp_path: Path, shape: dict[str, object], se
             qemu_img("snapshot", action, name, path)
         else:
             with enban.open(path, writable=True) as disk:
-                {"-c": disk.create_snapshot, "-a": disk.apply_snapshot, "-d": disk.delete_snapshot}[action](
-                    name
-                )
+                if action == "-c":
+                    disk.create_snapshot(name)
+                elif action == "-a":
+                    disk.apply_snapshot(name)
+                else:
+                    disk.delete_snapshot(name)
         if action == "-c":
             kept[name] = bytes(model)
         elif action == "-a":

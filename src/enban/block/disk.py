@@ -117,9 +117,10 @@ class Disk:
         """The internal snapshots, oldest first: id, name, date_s, disk_size, vm_state_size, ..."""
         return self.door.node.snapshots_here()
 
-    def create_snapshot(self, name: str) -> SnapshotEntry:
-        """Keep the present state inside the image. Raises UsageError if the name is taken."""
-        return drive(self.door.create_snapshot(name))
+    def create_snapshot(self, name: str, *, vm_clock_ns: int = 0) -> SnapshotEntry:
+        """Keep the present state inside the image, with the VM state written since the last snapshot.
+        vm_clock_ns: the guest's time. Raises UsageError if the name is taken."""
+        return drive(self.door.create_snapshot(name, vm_clock_ns=vm_clock_ns))
 
     def apply_snapshot(self, name: str) -> None:
         """Go back to a snapshot (id or name): its bytes and its virtual size."""
@@ -128,6 +129,23 @@ class Disk:
     def delete_snapshot(self, name: str) -> None:
         """Remove a snapshot (id or name)."""
         drive(self.door.delete_snapshot(name))
+
+    @property
+    def vm_state_size(self) -> int:
+        """Bytes of VM state that can be read: as written, or as an applied snapshot had it."""
+        return self.door.node.vm_state_size
+
+    def write_vm_state(self, data: ReadBuffer, offset: int) -> int:
+        """Write a part of a guest's memory and devices beside the disk, for the next snapshot to take with
+        it. The first write after a snapshot was made or applied begins a new state. Returns its length."""
+        drive(self.door.write_vm_state(data, offset))
+        return memoryview(data).nbytes
+
+    def read_vm_state(self, length: int, offset: int) -> bytes:
+        """`length` bytes of the VM state from `offset`."""
+        buffer = bytearray(max(0, min(length, self.vm_state_size - offset + 1)))  # one too many is refused
+        drive(self.door.read_vm_state(buffer, offset))
+        return bytes(buffer)
 
     def commit(self) -> int:
         """Of a disk opened with `snapshot=True`: write its changes down into the image, and go on with an

@@ -212,16 +212,49 @@ class Door:
             finally:
                 self.paused = False
 
-    async def create_snapshot(self, name: str, *, snapshot_id: str = "") -> SnapshotEntry:
+    async def write_vm_state(self, data: ReadBuffer, offset: int) -> None:
+        """Write a part of the VM state that the next snapshot shall hold."""
+        view = memoryview(data).cast("B")
+        self._check_write(0, 0)
+        if offset < 0:
+            raise OutOfRangeError(f"offset {offset} of the VM state is negative", path=self.node.name)
+        while len(view):
+            work = self.node.write_vm_state(view, offset)
+            if await self._run(requests.VM_STATE, 0, 0, work):
+                return
+            await self._with_nothing_in_flight(
+                lambda: self.runtime.finish(self.node.prepare_vm_state(offset + len(view)))
+            )
+
+    async def read_vm_state(self, buffer: WriteBuffer, offset: int) -> None:
+        """Fill `buffer` from the VM state."""
+        view = memoryview(buffer).cast("B")
+        self.check(0, 0)
+        if offset < 0 or offset + len(view) > self.node.vm_state_size:
+            raise OutOfRangeError(
+                f"range {offset}+{len(view)} is outside the VM state of {self.node.vm_state_size} bytes",
+                path=self.node.name,
+            )
+        if len(view):
+            await self._run(requests.VM_STATE, 0, 0, self.node.read_vm_state(view, offset))
+
+    async def create_snapshot(
+        self, name: str, *, snapshot_id: str = "", vm_clock_ns: int = 0
+    ) -> SnapshotEntry:
         """Keep the present state as an internal snapshot, while I/O goes on: writes that were done before
-        the call are in it, writes that begin after it returns are not, those in between may be."""
+        the call are in it, writes that begin after it returns are not, those in between may be.
+        VM state that was written since the last snapshot goes with it."""
         from time import time_ns
 
         from ..wire.qcow2 import SnapshotEntry
 
         self._check_write(0, 0)
         entry = SnapshotEntry()
-        entry.name, entry.id = name, snapshot_id
+        if not name:
+            raise UsageError("a snapshot needs a name", path=self.node.name)
+        if not 0 <= vm_clock_ns < 1 << 64:
+            raise UsageError(f"a VM clock of {vm_clock_ns} ns is not possible", path=self.node.name)
+        entry.name, entry.id, entry.vm_clock_ns = name, snapshot_id, vm_clock_ns
         entry.date_s, entry.date_ns = divmod(time_ns(), 10**9)
         async with self.resizing:
             await self.alone(self.node.create_snapshot(entry))
@@ -230,7 +263,9 @@ class Door:
     async def apply_snapshot(self, name: str) -> None:
         """Go back to an internal snapshot, by id or name; the virtual size becomes that of then."""
         self._check_write(0, 0)
-        await self._with_nothing_in_flight(lambda: self.alone(self.node.apply_snapshot(name)))
+        # No drain here while requests are held up: a server's batch would wait for us, and we for it.
+        await self._with_nothing_in_flight(lambda: self._change_tables(self.node.apply_snapshot(name)))
+        await self.ledger.drain()
 
     async def delete_snapshot(self, name: str) -> None:
         """Remove an internal snapshot, by id or name."""
@@ -254,6 +289,10 @@ class Door:
     async def alone(self, work: Coroutine[Any, Any, None]) -> None:
         """For who holds `resizing`: do work that changes all tables at once. Allocating writes wait for it;
         writes in place that were under way have ended when this returns."""
+        await self._change_tables(work)
+        await self.ledger.drain()
+
+    async def _change_tables(self, work: Coroutine[Any, Any, None]) -> None:
         try:
             held = await self.node.ranges.acquire(0, 1 << 63)
         except BaseException:
@@ -263,7 +302,6 @@ class Door:
             await self.runtime.finish(work)
         finally:
             self.node.ranges.release(held)
-        await self.ledger.drain()
 
     async def commit(self) -> int:
         """Write what a temporary overlay holds down into the image, and go on with an empty one, while I/O

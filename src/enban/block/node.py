@@ -82,6 +82,7 @@ class Node:
         pieces of `reserve` are `fill`, not `clean`, and begin and end at multiples of 512 (or at `size`).
     encrypted: whether the image says that its data is encrypted.
     backing: the node below, or None.
+    vm_state_size: bytes of a guest's memory and devices kept beside the disk.
     backing_name, backing_format: what the image says of it ("" if nothing), kept as found.
     ledger: the requests of the disk this node is the top of; set by the door, None below it.
     """
@@ -90,6 +91,7 @@ class Node:
     codec: str = ""
     cipher: Cipher | None = None
     encrypted: bool = False
+    vm_state_size: int = 0
     # Formats with a fixed cluster size pack exactly `cluster_size` guest bytes per COMPRESSED unit.
     cluster_size: int = 0
 
@@ -186,9 +188,23 @@ class Node:
         """The internal snapshots, oldest first."""
         return []
 
+    async def write_vm_state(self, buffer: memoryview, offset: int) -> bool:
+        """Write a part of the VM state. False: nothing was written, `prepare_vm_state` has to come first."""
+        raise UnsupportedOperationError(f"format {self.format} has no place for VM state", path=self.name)
+
+    async def prepare_vm_state(self, end: int) -> None:
+        """Make room for a VM state of `end` bytes, a new one if the present one was not written since the
+        last snapshot was made or applied. No request is in flight."""
+        raise UnsupportedOperationError(f"format {self.format} has no place for VM state", path=self.name)
+
+    async def read_vm_state(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from the VM state; the range lies inside `vm_state_size`."""
+        raise UnsupportedOperationError(f"format {self.format} has no place for VM state", path=self.name)
+
     async def create_snapshot(self, snapshot: SnapshotEntry) -> None:
-        """Keep the present state as an internal snapshot. For this and the next two the range lock of the
-        whole disk is held. They happen as a whole or not at all, whatever fails."""
+        """Keep the present state as an internal snapshot, the VM state with it if it is new. For this and
+        the next two the range lock of the whole disk is held. They happen as a whole or not at all, whatever
+        fails."""
         raise UnsupportedOperationError(f"format {self.format} has no internal snapshots", path=self.name)
 
     async def apply_snapshot(self, name: str) -> None:

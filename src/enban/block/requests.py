@@ -28,6 +28,7 @@ DISCARD = "discard"
 ZERO = "write-zeroes"
 MAP = "map"
 RESIZE = "resize"
+VM_STATE = "vm-state"
 BATCH = "batch"
 
 ALL = float("inf")  # as a number to wait for: whatever comes

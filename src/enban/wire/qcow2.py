@@ -460,6 +460,10 @@ class SnapshotEntry:
         self.icount: int | None = None
         self.extra = b""
 
+    def __repr__(self) -> str:
+        state = f", {self.vm_state_size} bytes of VM state" if self.vm_state_size else ""
+        return f"<SnapshotEntry {self.id} {self.name!r} {self.disk_size} bytes{state}>"
+
 
 def parse_snapshots(
     data: bytes | bytearray, header: Header, *, path: str = ""

@@ -180,9 +180,12 @@ OPERATIONS = [
 
 
 def _do(disk: Disk, operation: str, name: str) -> None:
-    {"create": disk.create_snapshot, "apply": disk.apply_snapshot, "delete": disk.delete_snapshot}[operation](
-        name
-    )
+    if operation == "create":
+        disk.create_snapshot(name)
+    elif operation == "apply":
+        disk.apply_snapshot(name)
+    else:
+        disk.delete_snapshot(name)
 
 
 State = tuple[dict[str, bytes], bytes]  # the content of each snapshot, the active content
@@ -321,3 +324,34 @@ def test_live_snapshots_under_asyncio_load(tmp_path: Path) -> None:
 def _snapshot_bytes(path: Path, name: str) -> bytes:
     with Disk(drive(open_door(str(path), BLOCKING, snapshot_name=name, lock=False))) as disk:
         return disk.pread(disk.size, 0)
+
+
+def test_huge_snapshot_tables_in_holes_take_no_memory(tmp_path: Path) -> None:
+    """The snapshot table says 20 L1 tables of 32 MiB, in clusters of 512 bytes; all are holes."""
+    import tracemalloc
+
+    from enban.wire.qcow2 import SnapshotEntry, build_snapshots
+
+    path = make_qcow2(tmp_path / "disk.qcow2", 1 << 20, cluster_size=512)
+    entries = []
+    for number in range(20):
+        entry = SnapshotEntry()
+        entry.id = entry.name = str(number)
+        entry.disk_size = 1 << 20
+        entry.l1_offset, entry.l1_entries = (number + 1) << 30, (32 << 20) // 8
+        entries.append(entry)
+    table = build_snapshots(entries)
+    with path.open("r+b") as file:
+        file.seek(60)
+        file.write(len(entries).to_bytes(4, "big") + (1 << 20).to_bytes(8, "big"))
+        file.seek(1 << 20)
+        file.write(table)
+        file.truncate(32 << 30)
+    tracemalloc.start()
+    with enban.open(path, writable=True) as disk:
+        disk.pwrite(b"written", 0)
+        disk.flush()
+        assert disk.pread(7, 0) == b"written"
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 << 20

@@ -52,6 +52,7 @@ from .refcounts import Refcounts
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from typing import Any
 
     from ...block.bitmaps import Bits
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from ...wire.qcow2 import Header, SnapshotEntry
     from .bitmaps import Qcow2Bitmaps
 
+_ALWAYS_KNOWN = 64 << 10  # bytes
 NOT_PLAIN = COMPRESSED | ALL_ZERO
 
 
@@ -117,6 +119,7 @@ class Qcow2Node(Node):
         self.tracked: tuple[Bits, ...] = ()  # where writes are recorded
         self.mark_zeroes = False  # also where the backing file shows zeros
         self._halted: type[EnbanError] | None = None
+        self.vm_state_new = False  # the VM state was written since the last snapshot
         self.header_doubtful = False  # what the header on disk says is unknown: the next barrier writes it
 
     def present(self, entry: int) -> bool:
@@ -262,10 +265,10 @@ class Qcow2Node(Node):
             await self.file.write(kept.to_bytes(8, "big"), 88)
             await self.file.flush()
             self.header.autoclear = kept
-        self._collect_metadata(places)
+        await self._collect_metadata(places)
         self._metadata_known = True
 
-    def _collect_metadata(self, bitmaps: list[tuple[HostOffset, int, str]]) -> None:
+    async def _collect_metadata(self, bitmaps: list[tuple[HostOffset, int, str]]) -> None:
         """Learn where the tables are. If any overlap, changing one would destroy another: refuse."""
         size, header = self.cluster_size, self.header
         metadata: set[HostOffset] = set()
@@ -296,12 +299,27 @@ class Qcow2Node(Node):
                     offset=snapshot.l1_offset,
                     hint="run: enban check -r all",
                 )
-            add(snapshot.l1_offset, snapshot.l1_entries * 8, "L1 table of a snapshot")
+            async for place, length in self._stored(snapshot.l1_offset, snapshot.l1_entries * 8):
+                add(place, length, "L1 table of a snapshot")
         if header.snapshot_count:
             add(header.snapshots_offset, len(build_snapshots(self.snapshots)), "snapshot table")
-        for place in bitmaps:
-            add(*place)
+        for region in bitmaps:
+            add(*region)
         self.refcounts.metadata |= metadata
+
+    async def _stored(self, offset: HostOffset, length: int) -> AsyncIterator[tuple[HostOffset, int]]:
+        """Of a large table the clusters that are not holes of the file: the numbers in a header shall not
+        decide how much memory is taken."""
+        end = offset + length
+        while offset < end:
+            hole, length = False, end - offset
+            if length > _ALWAYS_KNOWN:
+                hole, length = await self.file.status(offset, length)
+                if offset + length < end:  # one hole ends inside a cluster that is stored, then
+                    length = max(align_down(offset + length, self.cluster_size) - offset, self.cluster_size)
+            if not hole:
+                yield offset, length
+            offset += length
 
     async def own_table(self, index: int) -> L2Table:
         """The L2 table of an L1 entry, made or copied if need be, ready for changes; mutex held."""
@@ -582,6 +600,7 @@ class Qcow2Node(Node):
                     self.file, snapshot.l1_offset, snapshot.l1_entries, what, self.name
                 )
                 self.size = snapshot.disk_size
+                self.vm_state_size = snapshot.vm_state_size
                 if len(self.l1) << self.l2_shift < self.size:
                     raise CorruptImageError(f"{what} is too small", path=self.name, offset=snapshot.l1_offset)
                 self.header.autoclear &= ~AUTOCLEAR_BITMAPS  # they speak of the active state
@@ -605,6 +624,21 @@ class Qcow2Node(Node):
         from .snapshots import delete
 
         await delete(self, name)
+
+    async def write_vm_state(self, buffer: memoryview, offset: int) -> bool:
+        from .vm_state import write
+
+        return await write(self, buffer, offset)
+
+    async def prepare_vm_state(self, end: int) -> None:
+        from .vm_state import prepare
+
+        await prepare(self, end)
+
+    async def read_vm_state(self, buffer: memoryview, offset: int) -> None:
+        from .vm_state import read
+
+        await read(self, buffer, offset)
 
     async def resize(self, size: int, *, preallocation: str = "off") -> None:
         from .resize import resize

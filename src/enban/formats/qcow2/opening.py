@@ -66,6 +66,10 @@ async def open_qcow2(
             raise
         refcounts, snapshots = array("Q"), []  # reading guest data needs neither
     node = Qcow2Node(name, runtime, file, header, l1, refcounts, snapshots, writable=writable)
+    if not metadata_only and any(l1[header.l1_needed :]):
+        from .vm_state import find
+
+        await find(node)
     node.backing_format = (header.extension(EXT_BACKING_FORMAT) or b"").decode("utf-8", "replace")
     return node
 

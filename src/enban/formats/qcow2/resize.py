@@ -44,6 +44,10 @@ async def resize(node: Qcow2Node, size: int, preallocation: str) -> None:
         await node.prepare_change()
     if size != old and node.dirty_bitmaps is not None:
         await node.dirty_bitmaps.prepare_resize(size)
+    if size != old:
+        from .vm_state import drop
+
+        await drop(node)  # the area begins somewhere else then, and the state would not fit the disk
     if size > old:
         await _grow(node, old, size, preallocation)
     elif size < old:
@@ -55,7 +59,7 @@ async def resize(node: Qcow2Node, size: int, preallocation: str) -> None:
 async def _grow(node: Qcow2Node, old: int, size: int, preallocation: str) -> None:
     needed = -(-size // (1 << node.l2_shift))
     if needed > len(node.l1):
-        await _grow_l1(node, needed)
+        await grow_l1(node, needed)
     try:
         node.size = size
         if node.dirty_bitmaps is not None:
@@ -102,7 +106,7 @@ async def _set_size(node: Qcow2Node, size: int) -> None:
     node.header.size = node.size = size
 
 
-async def _grow_l1(node: Qcow2Node, entries: int) -> None:
+async def grow_l1(node: Qcow2Node, entries: int) -> None:
     """Move the L1 table to a place with room; one 12-byte write in the header switches over."""
     await node.flush()
     header, cluster = node.header, node.cluster_size

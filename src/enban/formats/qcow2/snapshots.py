@@ -8,6 +8,7 @@ from array import array
 from ...errors import UnsupportedOperationError, UsageError
 from ...wire.qcow2 import SnapshotEntry
 from .switch import Change, read_l1, switch
+from .vm_state import drop, first_index
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ def find(node: Qcow2Node, name: str) -> SnapshotEntry:
 
 
 async def create(node: Qcow2Node, snapshot: SnapshotEntry) -> None:
-    """Add a snapshot of the active state. `snapshot` carries name, dates and VM state size; its id
-    (unless given), L1 table and disk size are filled in here."""
+    """Add a snapshot of the active state. `snapshot` carries name, dates and VM clock; its id
+    (unless given), L1 table, disk size and VM state size are filled in here."""
     if node.external:
         raise UnsupportedOperationError(
             "an image with an external data file has no internal snapshots", path=node.name
@@ -35,18 +36,25 @@ async def create(node: Qcow2Node, snapshot: SnapshotEntry) -> None:
     if not snapshot.id:
         numbers = [int(other.id) for other in node.snapshots if other.id.isdigit()]
         snapshot.id = str(max(numbers, default=0) + 1)
+    if not node.vm_state_new:
+        await drop(node)
+    snapshot.vm_state_size = node.vm_state_size
+    first = first_index(node)
+    active = node.l1[:first]
+    active.extend([0] * (len(node.l1) - first))
     snapshot.l1_offset, snapshot.l1_entries = node.header.l1_offset, node.header.l1_entries
     snapshot.disk_size = node.size
     await switch(
         node,
         Change(
-            l1=array("Q", node.l1),
+            l1=active,
             size=node.size,
             snapshots=[*node.snapshots, snapshot],
-            counted=[(node.l1, +1)],
+            counted=[(active, +1)],  # the VM state goes over to the snapshot, so its counts stay
             freed=[],
         ),
     )
+    node.vm_state_size, node.vm_state_new = 0, False
 
 
 async def delete(node: Qcow2Node, name: str) -> SnapshotEntry:
@@ -89,4 +97,5 @@ async def apply(node: Qcow2Node, name: str) -> SnapshotEntry:
     if bitmaps is not None:
         bitmaps.resized(node.size)
         node.mark(0, node.size)
+    node.vm_state_size, node.vm_state_new = snapshot.vm_state_size, False
     return snapshot

@@ -154,14 +154,14 @@ async def write_first_sector(node: Qcow2Node) -> None:
 async def make_empty(node: Qcow2Node) -> None:
     """Give back every data cluster and every L2 table, a few tables at a time, each step durable."""
     await node.flush()  # from here on no table is known to memory alone
-    index = 0
+    index = node.vm_state_size = 0
     while index < len(node.l1):
         async with node.mutex:
             await node.prepare_change()
             done = 0
             while index < len(node.l1) and done < _TABLES_AT_ONCE:
                 if node.l1[index] & OFFSET_MASK:
-                    await _drop_table(node, index)
+                    await drop_table(node, index)
                     done += 1
                 index += 1
         await barrier(node)
@@ -170,7 +170,8 @@ async def make_empty(node: Qcow2Node) -> None:
     await barrier(node)
 
 
-async def _drop_table(node: Qcow2Node, index: int) -> None:
+async def drop_table(node: Qcow2Node, index: int) -> None:
+    """Give up an L2 table and all it points to; the mutex is held."""
     table = await node.load_table(index)
     entries = table.entries[::2] if node.extended else table.entries
     for entry in filter(None, entries):
