@@ -245,6 +245,6 @@ def table(rows: list[Row]) -> str:
         "",
         "states: images that a power cut may leave; corrupt: the tables contradict each other; lost: flushed",
         "data is gone; foreign: a sector shows what was never written there since the last flush. QEMU marks",
-        "images with lazy refcounts dirty and repairs them when it opens them: there corrupt is expected of it.",
+        "images with lazy refcounts dirty and repairs them when it opens them: corrupt is expected there.",
     ]
     return "\n".join(lines)
