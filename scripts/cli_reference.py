@@ -41,7 +41,7 @@ def verb_part(verb: Verb) -> list[str]:
 
 
 def verbs_part() -> list[str]:
-    rows = [f"| [`{name}`](#{name}) | {cell(summary)} |" for name, summary in VERBS.items()]
+    rows = [f"| [`{name}`](#{name.replace(' ', '-')}) | {cell(summary)} |" for name, summary in VERBS.items()]
     return ["", "| verb | |", "|---|---|", *rows, ""]
 
 

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from enban.cli import VERBS, load
+from enban.cli import VERBS, load, verb_of
 from enban.cli.common import human_size, key_values, shown, snapshot_meant
 from enban.cli.options import WIDTH, Arguments, Flag, Verb, parse
 from enban.errors import UsageError
@@ -118,8 +118,9 @@ def test_names_cannot_write_to_the_terminal() -> None:
 @pytest.mark.parametrize("name", sorted(VERBS))
 def test_help_of_every_verb(name: str) -> None:
     verb = load(name)
-    text = enban(name, "--help").out
-    assert text == enban(name, "-h").out == enban("help", name).out
+    words = name.split()
+    text = enban(*words, "--help").out
+    assert text == enban(*words, "-h").out == enban("help", *words).out
     assert text.startswith(f"usage: enban {name} ")
     for flag in verb.flags:
         for spelling in flag.names:
@@ -133,8 +134,8 @@ def test_help_of_every_verb(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(VERBS))
 def test_examples_in_the_help_parse(name: str) -> None:
     for _, example in load(name).examples:
-        words = shlex.split(example.split(" |")[0].split(" <")[0])
-        parse(load(words[0]), words[1:])
+        found, words = verb_of(shlex.split(example.split(" |")[0].split(" <")[0]))
+        parse(load(found), words)
 
 
 @pytest.mark.parametrize("name", sorted(VERBS))

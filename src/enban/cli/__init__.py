@@ -28,6 +28,8 @@ VERBS = {
     "snapshot": "List, create, apply and delete the snapshots inside an image",
     "commit": "Write the data of an image into its backing file",
     "serve": "Serve disks over NBD",
+    "serial bridge": "Join a guest's serial line with those who debug it",
+    "serial list": "List the serial ports of this machine",
 }
 # Verbs that may leave something half-made if they are killed: they clean up on SIGTERM too.
 _MAKERS = ("create", "convert", "dd", "rebase", "commit", "resize", "check", "snapshot")
@@ -43,9 +45,18 @@ class Terminated(KeyboardInterrupt):
 def load(name: str) -> Verb:
     """The verb of a name, importing nothing of the others. Raises UsageError."""
     if name not in VERBS:
+        parts = " or ".join(f"enban {other}" for other in VERBS if other.startswith(name + " "))
+        if parts:
+            raise UsageError(f"'{name}' alone is no verb", hint=f"say {parts}")
         raise UsageError(f"there is no verb '{name}'", hint="see: enban --help")
-    verb: Verb = __import__(f"enban.cli.{name}", fromlist=("VERB",)).VERB
+    verb: Verb = __import__(f"enban.cli.{name.replace(' ', '_')}", fromlist=("VERB",)).VERB
     return verb
+
+
+def verb_of(words: list[str]) -> tuple[str, list[str]]:
+    """The name at the start of a command line, of one word or two, and the words after it."""
+    name = " ".join(words[:2])
+    return (name, words[2:]) if name in VERBS and len(words) > 1 else (words[0], words[1:])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,13 +108,14 @@ def _run(words: list[str]) -> int:
         print(f"enban {__version__}")
         return 0
     if words[0] == "help":
-        words = [*words[1:2], "--help"] if len(words) > 1 else ["--help"]
+        words = [*words[1:3], "--help"] if len(words) > 1 else ["--help"]
         return _run(words)
-    verb = load(words[0])
-    if "-h" in words[1:] or "--help" in words[1:]:
+    name, words = verb_of(words)
+    verb = load(name)
+    if "-h" in words or "--help" in words:
         print(help_text(verb))
         return 0
-    arguments = parse(verb, words[1:])
+    arguments = parse(verb, words)
     if verb.name in _MAKERS:
         _catch_signals()
     return verb.run(arguments)
