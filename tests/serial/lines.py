@@ -156,16 +156,18 @@ class Running:
         except BaseException as error:
             self.failure = error
 
-    def logged(self, text: str) -> bool:
-        return any(text in line for line in self.log)
+    def logged(self, text: str) -> int:
+        """In how many lines."""
+        return sum(text in line for line in list(self.log))
 
-    def expect(self, text: str) -> None:
-        until(lambda: self.logged(text), f"{text!r} in {self.log}")
+    def expect(self, text: str, times: int = 1) -> None:
+        until(lambda: self.logged(text) >= times, f"{times} times {text!r} in {self.log}")
 
-    def expect_guest(self) -> None:
-        until(
-            lambda: any(x.startswith("guest: ") and "is conn" in x for x in self.log), f"guest in {self.log}"
-        )
+    def expect_guest(self, times: int = 1) -> None:
+        def there() -> bool:
+            return sum(x.startswith("guest: ") and "is conn" in x for x in list(self.log)) >= times
+
+        until(there, f"{times} times the guest in {self.log}")
 
     def stop(self) -> None:
         self.bridge.stop()

@@ -99,12 +99,10 @@ def test_debuggers_come_and_go(kind: str, tmp_path: Path, client: Callable[[str]
         guest.connect()
         for turn in range(3):
             debugger = (first if turn == 0 and first else client(names.client)).connect()
-            until(
-                lambda turn=turn: sum("is the active" in line for line in running.log) == turn + 1, "active"
-            )
+            running.expect("is the active", turn + 1)
             both_ways(guest, debugger, 20_000, turn)
             debugger.close()
-            until(lambda turn=turn: sum("is gone" in line for line in running.log) == turn + 1, "gone")
+            running.expect("is gone", turn + 1)
             guest.send(b"nobody hears this")
             until(lambda: running.bridge.counters.bytes[0] % 20_000 != 0, "drained")
             sleep(0.05)
@@ -120,12 +118,10 @@ def test_the_guest_may_be_started_again(kind: str, tmp_path: Path, client: Calla
         debugger.connect()
         for turn in range(3):
             guest = (first if turn == 0 and first else client(names.client)).connect()
-            until(
-                lambda turn=turn: sum("guest:" in x and "is conn" in x for x in running.log) == turn + 1, "up"
-            )
+            running.expect_guest(turn + 1)
             both_ways(guest, debugger, 20_000, turn)
             guest.close()
-            until(lambda turn=turn: sum("is gone" in line for line in running.log) == turn + 1, "gone")
+            running.expect("is gone", turn + 1)
             # As the line of a computer that is switched off.
             debugger.send(b"lost")
             running.expect("the guest is not there")
@@ -142,7 +138,7 @@ def test_bytes_sent_before_leaving_arrive(tmp_path: Path, client: Callable[[str]
         debugger.close()
         assert guest.receive(len(data)) == data
         debugger = client(f"unix:{tmp_path / 'd'}").connect()
-        until(lambda: sum("is the active" in line for line in running.log) == 2, "active")
+        running.expect("is the active", 2)
         guest.send(data)
         guest.close()
         assert debugger.receive(len(data)) == data
@@ -203,19 +199,19 @@ def test_watchers_see_the_guest_and_are_not_heard(tmp_path: Path, client: Callab
         first = client(f"unix:{tmp_path / 'd'}").connect()
         running.expect("is the active debugger")
         second = client(f"unix:{tmp_path / 'd'}").connect()
-        until(lambda: sum("is connected" in line for line in running.log) == 5, "all five")
+        running.expect("is connected", 5)
         first.send(b"first")
         assert guest.receive(5) == b"first"
         second.send(b"second")
         watcher.send(b"watcher")
-        until(lambda: sum("only watches" in line for line in running.log) == 2, "both are told")
+        running.expect("only watches", 2)
         guest.send(data)
         for one in (first, second, watcher):
             assert one.receive(len(data)) == data
         assert guest.rest() == b""
         # The active one leaves, the next is heard.
         first.close()
-        until(lambda: sum("is the active" in line for line in running.log) == 2, "the second's turn")
+        running.expect("is the active", 2)
         second.send(b"again")
         assert guest.receive(5) == b"again"
         status = running.bridge.status()
@@ -251,9 +247,9 @@ def test_a_watcher_that_does_not_read_slows_nobody(tmp_path: Path, client: Calla
 def test_only_so_many_debuggers(tmp_path: Path, client: Callable[[str], Client]) -> None:
     with bridge(f"unix:{tmp_path / 'g'},listen", f"unix:{tmp_path / 'd'},listen") as running:
         here = [client(f"unix:{tmp_path / 'd'}").connect() for _ in range(MOST_DEBUGGERS + 1)]
-        until(lambda: sum("is connected" in line for line in running.log) == MOST_DEBUGGERS, "all but one")
+        running.expect("is connected", MOST_DEBUGGERS)
         here[0].close()
-        until(lambda: sum("is connected" in line for line in running.log) == MOST_DEBUGGERS + 1, "the last")
+        running.expect("is connected", MOST_DEBUGGERS + 1)
 
 
 def test_the_second_guest_waits(tmp_path: Path, client: Callable[[str], Client]) -> None:

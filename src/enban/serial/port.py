@@ -17,6 +17,7 @@ import threading
 
 from ..errors import UsageError
 from .bridge import Bridge
+from .live import Live
 from .transports import parse_transport
 from .transports.sockets import UnixListener
 
@@ -31,13 +32,23 @@ _KINDS = {"unix": "unix:{},listen", "tcp": "tcp:{},listen", "pipe": "fifo:{}", "
 _HINT = "write kd:unix=PATH, kd:tcp=PORT, kd:pipe=PATH or kd:tty=DEVICE,baud=N"
 
 
-def transport_text(spec: str) -> str:
-    """The transport (see `transports.spec`) that a text like `kd:tcp=5000` asks for. Raises UsageError."""
+def read_spec(spec: str) -> tuple[str, str, bool]:
+    """The transport (see `transports.spec`) that a text like `kd:tcp=5000` asks for, the folder to record
+    in ("" for none), and whether the doctor shall speak. Raises UsageError."""
     head, *options = spec.removeprefix("kd:").replace(",,", "\0").split(",")
     kind, equals, where = head.partition("=")
     if kind not in _KINDS or not equals or not where:
         raise UsageError(f"'{spec}' names no debug port", hint=_HINT)
-    return ",".join([_KINDS[kind].format(where), *options]).replace("\0", ",,")
+    kept, record, doctor = [_KINDS[kind].format(where)], "", False
+    for option in options:
+        name, _, value = option.partition("=")
+        if name == "record" and value:
+            record = value.replace("\0", ",")
+        elif option == "doctor":
+            doctor = True
+        else:
+            kept.append(option)
+    return ",".join(kept).replace("\0", ",,"), record, doctor
 
 
 def debug_port(
@@ -51,26 +62,39 @@ def debug_port(
     the bridge until it is cancelled. Debuggers and QEMU may connect when this returns.
 
     spec: `kd:unix=PATH`, `kd:tcp=PORT` or `kd:tcp=HOST:PORT`, `kd:pipe=PATH`, `kd:tty=DEVICE,baud=N`, and
-    the options of that transport. id: the chardev's. Raises UsageError and HostError; nothing is left then.
+    the options of that transport; `record=FOLDER` and `doctor` besides. id: the chardev's. Raises
+    UsageError and HostError; nothing is left then.
     """
-    outside = parse_transport(transport_text(spec))
+    text, record, doctor = read_spec(spec)
+    outside = parse_transport(text)
     room = tempfile.mkdtemp(prefix="enban-kd-")
     path = os.path.join(room, "guest")
+    live = None
     try:
-        bridge = Bridge(UnixListener("guest", path), [outside], observers=observers, log=log)
+        live = Live(record=record, doctor=doctor, log=log)
+        bridge = Bridge(
+            UnixListener("guest", path),
+            [outside],
+            observers=[*live.observers, *observers],
+            log=log,
+            on_tick=live.tick,
+        )
         bridge.open()
     except BaseException:
+        if live is not None:
+            live.close()
         shutil.rmtree(room, ignore_errors=True)
         raise
     quoted = path.replace(",", ",,")
     arguments = ["-chardev", f"socket,id={id},path={quoted}", "-serial", f"chardev:{id}"]
-    return arguments, _carry(bridge, room)
+    return arguments, _carry(bridge, live, room)
 
 
-async def _carry(bridge: Bridge, room: str) -> None:
+async def _carry(bridge: Bridge, live: Live, room: str) -> None:
     try:
         await run_in_thread(bridge)
     finally:
+        live.close()
         shutil.rmtree(room, ignore_errors=True)
 
 

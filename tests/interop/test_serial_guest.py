@@ -1,0 +1,183 @@
+"""A guest in real QEMU, its COM1 reached through the bridge over each of QEMU's chardevs."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
+
+import pytest
+
+from enban.errors import EnbanError
+from enban.serial import debug_port
+from enban.serial.port import read_spec
+from tests.serial.boot_sector import GREETING, boot_sector
+from tests.serial.lines import Client, bridge, free_port, until
+from tests.support import needs
+
+needs_guest = needs("qemu-system-x86_64", "qemu-system-x86")
+
+
+@contextmanager
+def guest(folder: Path, *serial: str) -> Iterator[subprocess.Popen[bytes]]:
+    image = folder / "boot.img"
+    image.write_bytes(boot_sector())
+    command = [
+        "qemu-system-x86_64",
+        "-accel",
+        "tcg",
+        "-m",
+        "16",
+        "-nodefaults",
+        "-display",
+        "none",
+        "-snapshot",
+    ]
+    command += ["-drive", f"file={image},format=raw,if=ide", *serial]
+    with (folder / "qemu.log").open("wb") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def talk(debugger: Client) -> float:
+    """The greeting whole, then every byte comes back as it went. Returns exchanges of 16 bytes a second."""
+    assert debugger.receive(len(GREETING)) == GREETING
+    data = random.Random(3).randbytes(5000)
+    for start in range(0, len(data), 16):
+        debugger.send(data[start : start + 16])
+        assert debugger.receive(len(data[start : start + 16])) == data[start : start + 16]
+    best = 0.0
+    for _ in range(4):
+        started = monotonic()
+        for _ in range(25):
+            debugger.send(b"0123456789abcdef")
+            assert debugger.receive(16) == b"0123456789abcdef"
+        best = max(best, 25 / (monotonic() - started))
+    return best
+
+
+def chardevs(folder: Path) -> dict[str, tuple[str, str]]:
+    """How the bridge and QEMU each name the line; in all of them the bridge is there first."""
+    port = free_port()
+    path = folder / "line"
+    return {
+        "unix, QEMU connects": (f"unix:{path},listen", f"socket,id=s,path={path}"),
+        "unix, QEMU listens": (f"unix:{path}", f"socket,id=s,path={path},server=on,wait=on"),
+        "tcp, QEMU connects": (f"tcp:{port},listen", f"socket,id=s,host=127.0.0.1,port={port},nodelay=on"),
+        "tcp, QEMU listens": (
+            f"tcp:127.0.0.1:{port}",
+            f"socket,id=s,host=127.0.0.1,port={port},server=on,wait=on,nodelay=on",
+        ),
+        "pipe": (f"fifo:{path}", f"pipe,id=s,path={path}"),
+        "serial": (f"pty:{path}", f"serial,id=s,path={path}"),
+    }
+
+
+@needs_guest
+@pytest.mark.parametrize("name", list(chardevs(Path())))
+def test_no_byte_is_lost_and_a_hundred_exchanges_a_second(name: str, tmp_path: Path) -> None:
+    ours, theirs = chardevs(tmp_path)[name]
+    with bridge(ours, f"unix:{tmp_path / 'd'},listen") as running:
+        debugger = Client(f"unix:{tmp_path / 'd'}").connect()
+        running.expect("is the active debugger")
+        with guest(tmp_path, "-chardev", theirs, "-serial", "chardev:s"):
+            rate = talk(debugger)
+        running.expect("is gone")
+        debugger.close()
+    print(f"{name}: {rate:.0f} exchanges a second")
+    assert rate >= 100
+
+
+@needs_guest
+def test_a_pty_of_qemus_own(tmp_path: Path) -> None:
+    """QEMU makes the pty, and drops what the guest says until it has seen somebody there: it stands still
+    until the bridge is (-S), and is given the second that QEMU takes to look."""
+    qmp = tmp_path / "qmp"
+    with guest(
+        tmp_path,
+        "-S",
+        "-chardev",
+        "pty,id=s",
+        "-serial",
+        "chardev:s",
+        "-qmp",
+        f"unix:{qmp},server=on,wait=off",
+    ):
+        log = tmp_path / "qemu.log"
+        until(lambda: "/dev/pts/" in log.read_text(), "QEMU tells the name of the pty")
+        device = next(word for word in log.read_text().split() if word.startswith("/dev/pts/"))
+        with bridge(f"tty:{device}", f"unix:{tmp_path / 'd'},listen") as running:
+            debugger = Client(f"unix:{tmp_path / 'd'}").connect()
+            running.expect("is the active debugger")
+            running.expect_guest()
+            monitor = Client(f"unix:{qmp}").connect()
+            monitor.send(b'{"execute": "qmp_capabilities"}\n')
+            monitor.rest(1.5)
+            monitor.send(b'{"execute": "cont"}\n')
+            talk(debugger)
+            debugger.close()
+            monitor.close()
+
+
+@needs_guest
+@pytest.mark.parametrize(
+    "spec", ["kd:unix={path}", "kd:tcp={port}", "kd:pipe={path}", "kd:tty={path},baud=115200"]
+)
+def test_the_debug_port_is_connected_before_the_guest_runs(spec: str, tmp_path: Path) -> None:
+    port = free_port()
+    path = tmp_path / "kd"
+    names = {
+        "kd:unix": f"unix:{path}",
+        "kd:tcp": f"tcp:{port}",
+        "kd:pipe": f"fifo:{path},swap",
+        "kd:tty": f"pty:{path}",
+    }
+    debugger = Client(names[spec.partition("=")[0]])
+    record = tmp_path / "rec"
+    log: list[str] = []
+
+    async def run() -> None:
+        chardev, carrying = debug_port(
+            spec.format(path=path, port=port) + f",record={record},doctor", log=log.append
+        )
+        task = asyncio.create_task(carrying)
+        await asyncio.to_thread(debugger.connect)
+        await asyncio.to_thread(until, lambda: any("is the active" in line for line in log), "active")
+        with guest(tmp_path, *chardev):
+            await asyncio.to_thread(talk, debugger)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(asyncio.wait_for(run(), 120))
+    debugger.close()
+    assert (record / "target.raw").read_bytes().startswith(GREETING)
+    assert not (path.exists() and spec.startswith("kd:unix"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("kd:unix=/a", ("unix:/a,listen", "", False)),
+        ("tcp=5000", ("tcp:5000,listen", "", False)),
+        ("kd:tcp=*:5000,record=a,,b,pace=9600", ("tcp:*:5000,listen,pace=9600", "a,b", False)),
+        ("kd:pipe=/a,,b,doctor", ("fifo:/a,,b", "", True)),
+        ("kd:tty=/dev/ttyS0,baud=115200", ("tty:/dev/ttyS0,baud=115200", "", False)),
+    ],
+)
+def test_texts_of_debug_ports(spec: str, text: tuple[str, str, bool]) -> None:
+    assert read_spec(spec) == text
+
+
+@pytest.mark.parametrize("spec", ["kd:", "kd:usb=1", "kd:unix", "kd:tcp=", "kd:tcp=x", "kd:unix=/a,listen"])
+def test_debug_ports_that_are_refused(spec: str) -> None:
+    with pytest.raises(EnbanError) as caught:
+        debug_port(spec)
+    assert len(str(caught.value).splitlines()) == 1
