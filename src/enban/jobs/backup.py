@@ -103,6 +103,7 @@ def backup(
             return result
         if not granularity:
             granularity = known[bitmap].granularity if bitmap in known else GRANULARITY
+        drive(disk.door.bitmaps()).vet(bitmap, granularity)
         result = _full(disk, target, dict(options or {}), gate, verify, progress)
         drive(disk.door.change_bitmaps(lambda found: found.restart(bitmap, granularity)))
         return result

@@ -398,6 +398,10 @@ class Qcow2Bitmaps(Bitmaps):
         others = [bitmap for bitmap in self.found if bitmap not in old]
         await self._switch([*others, bitmap], {bitmap: None}, old)
 
+    def vet(self, name: str, granularity: int) -> None:
+        self._check_version()
+        self._empty(name, granularity, enabled=True)
+
     def _empty(self, name: str, granularity: int, *, enabled: bool) -> Bitmap:
         node = self.node
         bits = granularity.bit_length() - 1
@@ -469,12 +473,15 @@ class Qcow2Bitmaps(Bitmaps):
         merged.merge(source)
         await self._replace(bitmap, merged)
 
-    async def _prepare(self) -> None:
-        node = self.node
-        if node.header.version < 3:
+    def _check_version(self) -> None:
+        if self.node.header.version < 3:
             raise UnsupportedOperationError(
-                "an image of version 2 has no bitmaps", path=node.name, hint="upgrade it to compat=1.1"
+                "an image of version 2 has no bitmaps", path=self.node.name, hint="upgrade it to compat=1.1"
             )
+
+    async def _prepare(self) -> None:
+        self._check_version()
+        node = self.node
         async with node.mutex:
             await node.prepare_metadata()
 
