@@ -14,7 +14,9 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -681,6 +683,58 @@ def test_case_11_fill_and_discard_do_not_grow_the_file(refcount_bits: int) -> No
     assert lengths[-1] == lengths[0], lengths
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_case_13_no_write_between_two_bitmaps(seed: int) -> None:
+    """Elsewhere the bitmap of a mirror was disabled before its replacement recorded writes: what came in
+    between was copied by neither. Here bitmaps take turns while threads write: the next one is added, then
+    the old one disabled. Every write that was acknowledged is in one of the two; each that ended before the
+    first call is in the old one, each that began after the second in the new one."""
+    size, grain = 4 * MIB, 4096
+    memory = MemoryStorage(BLOCKING, empty_image(size, cluster_size=grain))
+    disk = open_disk(memory)
+    disk.add_bitmap("0", granularity=grain)
+    turns, places = 6, size // grain
+    stop = threading.Event()
+    # (when it began, when it ended, place): the hands of one clock for all threads
+    written: list[list[tuple[int, int, int]]] = [[] for _ in range(4)]
+    handed: list[tuple[int, int]] = []
+
+    def work(number: int) -> None:
+        random = Random(seed * 10 + number)
+        if number == 4:
+            for turn in range(1, turns):
+                time.sleep(0.02)
+                before = time.monotonic_ns()
+                disk.add_bitmap(str(turn), granularity=grain)
+                disk.disable_bitmap(str(turn - 1))
+                handed.append((before, time.monotonic_ns()))
+            time.sleep(0.02)
+            stop.set()
+            return
+        while not stop.is_set():
+            place = random.randrange(places)
+            began = time.monotonic_ns()
+            disk.pwrite(b"%d" % number, place * grain)
+            written[number].append((began, time.monotonic_ns(), place))
+
+    in_threads(work, 5)
+    found = [
+        {start // grain + n for start, k in disk.dirty(str(t)) for n in range(k // grain)}
+        for t in range(turns)
+    ]
+    disk.close()
+    check_bytes(memory.content)
+    seen = 0
+    for began, ended, place in chain.from_iterable(written):
+        first = sum(after <= began for _, after in handed)  # this one was enabled all along
+        last = sum(before < ended for before, _ in handed)
+        assert any(place in found[turn] for turn in range(first, last + 1)), (began, ended, place)
+        if first == last:
+            seen += 1
+            assert place in found[first]
+    assert seen > 100
+
+
 @pytest.mark.parametrize("face", ["blocking", "asyncio"])
 def test_case_14_short_reads_and_writes(face: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Elsewhere a read that came back short was gone on with at the wrong offset. Here the system's reads
@@ -803,6 +857,42 @@ def test_case_17_second_writer_is_refused_between_qemu_and_us(tmp_path: Path) ->
 
 
 TIB = 1 << 40
+
+
+@pytest.mark.parametrize("room", [0, 3, 9, 40])
+def test_case_20_commit_onto_a_full_volume_keeps_the_bitmaps(room: int) -> None:
+    """Elsewhere a commit into a base on a full volume lost the base's bitmaps. Here the volume of a base
+    with an enabled and a disabled bitmap gets full while an overlay's clusters are written down, and stays
+    so while the base is closed: its bitmaps are there, believed, and hide nothing that changed."""
+    size = 256 * KIB
+    memory = MemoryStorage(BLOCKING, empty_image(size, cluster_size=512))
+    with open_disk(memory) as disk:
+        disk.pwrite(pattern(size // 2, 1), 0)
+        disk.add_bitmap("on", granularity=512)
+        disk.pwrite(b"x" * 512, 1024)
+        disk.add_bitmap("off", granularity=512)
+        disk.pwrite(b"y" * 512, 4096)
+        disk.disable_bitmap("off")
+    before = Qcow2Reader(memory.content).read()
+    limit = memory.size() + room * 512
+    faulty = Faults(memory)
+    faulty.decide = lambda call: (
+        Fault(errno.ENOSPC) if call.operation in SPACE and call.offset + call.length > limit else None
+    )
+    base, failed = open_disk(faulty), 0
+    for place in range(0, size, 4096):
+        try:
+            base.pwrite(pattern(700, place + 2), place)
+        except HostError:
+            failed += 1
+    assert failed, "the volume was not full"
+    base.close()
+    check_bytes(memory.content, leaks=True)
+    reader = Qcow2Reader(memory.content)
+    after = reader.read()
+    dirty = {bitmap.name: None if bitmap.in_use else reader.dirty(bitmap) for bitmap in reader.bitmaps()}
+    changed = {n for n in range(size // 512) if before[n * 512 :][:512] != after[n * 512 :][:512]}
+    assert dirty["on"] is not None and dirty["on"] >= changed | {2, 8} and dirty["off"] == {8}
 
 
 @pytest.fixture

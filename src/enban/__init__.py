@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .block.cipher import Passphrase
+    from .jobs.backup import backup
     from .jobs.check import check
     from .jobs.commit import commit
     from .jobs.compare import compare
@@ -50,6 +51,7 @@ __all__ = [
     "EnbanError",
     "Gate",
     "__version__",
+    "backup",
     "check",
     "commit",
     "compare",
@@ -64,6 +66,7 @@ __all__ = [
 
 # Work on whole disks; each is imported when it is first asked for.
 _JOBS = {
+    "backup": "backup",
     "check": "check",
     "commit": "commit",
     "compare": "compare",

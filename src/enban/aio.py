@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .block.node import Node
     from .block.storage import ReadBuffer, WriteBuffer
     from .extent import Extent
+    from .jobs.backup import BackupResult
     from .jobs.check import CheckResult
     from .jobs.copier import ConvertResult
     from .wire.qcow2 import SnapshotEntry
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncDisk",
     "AsyncioRuntime",
+    "backup",
     "check",
     "commit",
     "convert",
@@ -359,6 +361,12 @@ async def _in_thread(name: str, reports: bool, args: tuple[Any, ...], settings: 
         if not work.cancelled():
             work.exception()
         raise
+
+
+async def backup(*args: Any, **settings: Any) -> BackupResult:
+    """`enban.backup` without blocking the loop. Cancelled, it leaves nothing behind."""
+    result: BackupResult = await _in_thread("backup", True, args, settings)
+    return result
 
 
 async def check(*args: Any, **settings: Any) -> CheckResult:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +157,11 @@ def open_disk(path: Path, *, writable: bool = True, **options: Any) -> Door:
 
 
 @contextlib.contextmanager
-def serving(*doors: Door, folder: Path, names: tuple[str, ...] = ("",), **options: Any) -> Iterator[Running]:
+def serving(
+    *doors: Door, folder: Path, names: tuple[str, ...] = ("",), bitmaps: Sequence[str] = (), **options: Any
+) -> Iterator[Running]:
     """Serve disks until the block ends; afterwards the books of every one must balance."""
-    exports = [ServedExport(door, name) for door, name in zip(doors, names, strict=True)]
+    exports = [ServedExport(door, name, bitmaps=bitmaps) for door, name in zip(doors, names, strict=True)]
     running = Running(exports, folder, **options)
     try:
         yield running

@@ -215,6 +215,11 @@ class Bitmaps:
         """The content, alive: what is written to an enabled bitmap's disk shows in it."""
         raise NotImplementedError
 
+    def vet(self, name: str, granularity: int) -> None:
+        """Whether there could be such a bitmap: for who has other work to do before making it.
+        Raises UsageError, UnsupportedOperationError."""
+        raise NotImplementedError
+
     async def add(self, name: str, granularity: int, *, enabled: bool) -> None:
         """Make an empty bitmap."""
         raise NotImplementedError

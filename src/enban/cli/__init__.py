@@ -26,6 +26,8 @@ VERBS = {
     "dd": "Copy a part of a disk into a new image",
     "rebase": "Base an image on another backing file, or on none",
     "snapshot": "List, create, apply and delete the snapshots inside an image",
+    "bitmap": "Record what changes: make, change and remove dirty bitmaps",
+    "backup": "Copy what changed since the last backup",
     "commit": "Write the data of an image into its backing file",
     "serve": "Serve disks over NBD",
     "serial bridge": "Join a guest's serial line with those who debug it",
@@ -33,7 +35,7 @@ VERBS = {
     "torture": "Find out whether disks keep their promises in crashes and failures",
 }
 # Verbs that may leave something half-made if they are killed: they clean up on SIGTERM too.
-_MAKERS = ("create", "convert", "dd", "rebase", "commit", "resize", "check", "snapshot")
+_MAKERS = ("create", "convert", "dd", "rebase", "commit", "resize", "check", "snapshot", "bitmap", "backup")
 _ERROR = {"compare": 2}  # where 1 means something else than "failed"
 
 EXIT_BUG, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 70, 130, 141, 143

@@ -23,6 +23,8 @@ def run(arguments: Arguments) -> int:
     if common.wants_list(arguments.all("-o")):
         common.print_options(target_format)
         return 0
+    if arguments.on("--skip-broken-bitmaps") and not arguments.on("--bitmaps"):
+        raise UsageError("--skip-broken-bitmaps goes with --bitmaps")
     if len(arguments.operands) < 2:
         raise UsageError("convert needs a source and a target", hint="see: enban convert --help")
     *sources, target = arguments.operands
@@ -50,6 +52,8 @@ def run(arguments: Arguments) -> int:
             force_share=arguments.on("-U"),
             verify=arguments.on("--verify"),
             resume=arguments.on("--resume"),
+            bitmaps=arguments.on("--bitmaps"),
+            skip_broken_bitmaps=arguments.on("--skip-broken-bitmaps"),
             passphrase=common.ask_passphrase(new="" if arguments.on("-n") else target),
             progress=progress.update,
         )
@@ -114,6 +118,8 @@ VERB = Verb(
         Flag("-W", "Let pieces be written out of order"),
         Flag("-C", "Copy inside the kernel or file system where that is possible"),
         Flag("--verify", "Read the target back and compare it with the source"),
+        Flag("--bitmaps", "Copy the source's dirty bitmaps too"),
+        Flag("--skip-broken-bitmaps", "With --bitmaps: leave out those that are inconsistent"),
         Flag("--resume", "Go on where an interrupted convert with --resume stopped"),
         common.CACHE,
         common.SOURCE_CACHE,

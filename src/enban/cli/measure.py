@@ -37,6 +37,9 @@ def run(arguments: Arguments) -> int:
                 raise UsageError(f"flag {flag} goes with an image")
         size = parse_size(arguments.text("--size")) if arguments.on("--size") else None
         found = measure(target, options, size=size)
+    if arguments.on("--bitmaps"):
+        for key in ("required", "fully-allocated"):
+            found[key] += found.get("bitmaps", 0)
     if arguments.text("--output") == "json":
         common.print_json(found)
     else:
@@ -57,6 +60,7 @@ VERB = Verb(
         Flag("--size", "Size of an empty disk", value="SIZE"),
         common.FORMAT,
         Flag("-l", "Measure an internal snapshot: its name or id", value="SNAPSHOT"),
+        Flag("--bitmaps", "Count the dirty bitmaps in, for convert --bitmaps"),
         common.OUTPUT,
         common.IMAGE_OPTS,
         common.FORCE_SHARE,

@@ -35,13 +35,14 @@ class Flag:
 
 
 class Arguments:
-    """A parsed command line. Flags are asked for by the first of their names."""
+    """A parsed command line. Flags are asked for by the first of their names; `order` is how they came."""
 
-    __slots__ = ("operands", "values", "verb")
+    __slots__ = ("operands", "order", "values", "verb")
 
     def __init__(self, verb: str) -> None:
         self.verb = verb
         self.operands: list[str] = []
+        self.order: list[str] = []
         self.values: dict[str, list[str]] = {}
 
     def on(self, name: str) -> bool:
@@ -141,6 +142,7 @@ def _value(verb: Verb, flag: Flag, name: str, rest: list[str]) -> str:
 def _store(verb: Verb, found: Arguments, flag: Flag, name: str, value: str) -> None:
     if flag.choices and value not in flag.choices:
         raise UsageError(f"flag {name} does not know '{value}'", hint=f"use {' or '.join(flag.choices)}")
+    found.order.append(flag.names[0])
     found.values.setdefault(flag.names[0], []).append(value)
 
 

@@ -44,6 +44,8 @@ def _wanted(arguments: Arguments) -> list[Wanted]:
     single = len(files) == 1
     if not single and (arguments.on("--offset") or arguments.on("--size")):
         raise UsageError("--offset and --size are for a single image")
+    if not single and arguments.on("-B"):
+        raise UsageError("--bitmap is for a single image")
     return [
         Wanted(
             common.reference(arguments, file),
@@ -52,6 +54,7 @@ def _wanted(arguments: Arguments) -> list[Wanted]:
             offset=parse_size(arguments.text("--offset", "0")),
             size=parse_size(arguments.text("--size")) if arguments.on("--size") else None,
             description=arguments.text("-D"),
+            bitmaps=arguments.all("-B"),
         )
         for place, file in enumerate(files)
     ]
@@ -119,6 +122,11 @@ VERB = Verb(
             "-b --bind", "TCP address to listen on, * for all; without it this machine alone", value="ADDRESS"
         ),
         Flag("-e --shared", "Clients at once, 0 for any number; more wait (64)", value="N"),
+        Flag(
+            "-B --bitmap",
+            "Let clients ask what changed by this dirty bitmap of the image; may be given several times",
+            value="NAME",
+        ),
         Flag("--offset", "Serve the disk from this byte on", value="OFFSET"),
         Flag("--size", "Serve so many bytes of it", value="SIZE"),
         Flag("--tls-dir", "Speak TLS only, with the certificates in this directory", value="DIR"),

@@ -8,12 +8,13 @@ nothing, or with `resume` a partial file and a journal from which the same call 
 from __future__ import annotations
 
 import os
+from functools import partial
 
 from ..block.disk import Disk
 from ..block.gate import TRUSTED
 from ..block.runtime import BLOCKING, drive
 from ..catalog import open_door
-from ..errors import EnbanError, UsageError
+from ..errors import EnbanError, ImageError, UnsupportedOperationError, UsageError
 from ..units import align_up
 from .copier import PIECE, ZEROES, ConvertResult, Copier, Sources, run_workers
 from .create import prepare_target
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
+    from ..block.bitmaps import Bitmaps, Bits
     from ..block.cipher import Passphrase
     from ..block.gate import Gate
     from .progress import Report
@@ -55,6 +57,8 @@ def convert(
     force_share: bool = False,
     verify: bool = False,
     resume: bool = False,
+    bitmaps: bool = False,
+    skip_broken_bitmaps: bool = False,
     passphrase: Passphrase = None,
     progress: Report | None = None,
 ) -> ConvertResult:
@@ -73,6 +77,7 @@ def convert(
         target in guest order. offload: copy inside the host where that is possible (-C).
     verify: read the target back and compare. resume: keep what is done if interrupted, and go on
         from there when called again.
+    bitmaps: copy the source's dirty bitmaps too; `skip_broken_bitmaps`: but for inconsistent ones.
     passphrase: of encrypted images, sources and target, as for `enban.open`.
 
     Raises UsageError, HostError, ImageError; the target is then as it was before.
@@ -84,6 +89,8 @@ def convert(
         raise UsageError("resume needs a source and a target that are files, and a target that is new")
     if verify and target == "-":
         raise UsageError("what went to standard output cannot be verified")
+    if bitmaps and ("-" in (target, *references) or snapshot):
+        raise UsageError("bitmaps are those of an image's active state, and go from file to file")
     wanted = {name: str(value) for name, value in (options or {}).items()}
     if backing:
         wanted["backing_file"] = backing
@@ -145,12 +152,54 @@ def convert(
         run.workers = min(workers or os.cpu_count() or 1, MAX_WORKERS)
         run.out_of_order, run.cache, run.gate = out_of_order, target_cache, gate
         run.verify, run.progress, run.passphrase = verify, progress, passphrase
+        if bitmaps:
+            run.bitmaps = _check_bitmaps(disks, target_format, skip_broken=skip_broken_bitmaps)
         if target_exists:
             return run.into_existing()
         return run.resumable() if resume else run.new()
     finally:
         for disk in disks:
             disk.close()
+
+
+def convert_disk(
+    disk: Disk,
+    target: str,
+    *,
+    target_format: str = "raw",
+    options: dict[str, str] | None = None,
+    gate: Gate = TRUSTED,
+    verify: bool = False,
+    progress: Report | None = None,
+) -> ConvertResult:
+    """Copy a disk that is open, and not written meanwhile, to a new image; otherwise as `convert`."""
+    run = _Run(Sources([disk], top_only=False), target, target_format, dict(options or {}))
+    run.workers = min(os.cpu_count() or 1, MAX_WORKERS)
+    run.gate, run.verify, run.progress = gate, verify, progress
+    return run.new()
+
+
+def _check_bitmaps(disks: list[Disk], format: str, *, skip_broken: bool) -> list[str]:
+    """Before anything is copied: the bitmaps that will be. Raises UsageError, ImageError."""
+    if format != "qcow2":
+        raise UnsupportedOperationError(f"format {format} has no dirty bitmaps", hint="use -O qcow2")
+    if len(disks) != 1:
+        raise UsageError("bitmaps are copied from a single source")
+    names = []
+    for info in disks[0].bitmaps():
+        if not info.inconsistent:
+            names.append(info.name)
+        elif not skip_broken:
+            raise ImageError(
+                f"bitmap {info.name!r} is inconsistent and cannot be copied",
+                path=disks[0].name,
+                hint="remove it, or leave it out with --skip-broken-bitmaps",
+            )
+    return names
+
+
+async def _merge(found: Bitmaps, name: str, bits: Bits) -> None:
+    await found.merge(name, bits)
 
 
 class _Run:
@@ -166,6 +215,7 @@ class _Run:
     verify = False
     progress: Report | None = None
     passphrase: Passphrase = None
+    bitmaps: Sequence[str] = ()
 
     def __init__(self, sources: Sources, target: str, format: str, options: dict[str, str]) -> None:
         self.sources = sources
@@ -188,6 +238,7 @@ class _Run:
             copier = self._copier(target.disk, fresh=not target.in_place or self.format != "raw", start=0)
             run_workers(copier, self.workers)
             self._verify(target.disk, copier.result)
+            self._copy_bitmaps(target.disk)
             target.commit()
         return self._finished(copier)
 
@@ -212,6 +263,7 @@ class _Run:
             run_workers(copier, self.workers)
             disk.flush()
             self._verify(disk, copier.result)
+            self._copy_bitmaps(disk)
         return self._finished(copier)
 
     def resumable(self) -> ConvertResult:
@@ -254,6 +306,7 @@ class _Run:
                     pass  # the last checkpoint still stands
                 raise
             self._verify(target.disk, copier.result)
+            self._copy_bitmaps(target.disk)
             target.commit()
             journal.remove()
         return self._finished(copier)
@@ -278,6 +331,18 @@ class _Run:
             progress=self.progress,
             result=ConvertResult(self.sources.size),
         )
+
+    def _copy_bitmaps(self, disk: Disk) -> None:
+        source = self.sources.disks[0]
+        known = {info.name: info for info in source.bitmaps()} if self.bitmaps else {}
+        for name in self.bitmaps:
+            info = known[name]
+            disk.add_bitmap(name, granularity=info.granularity, enabled=False)
+            bits = drive(drive(source.door.bitmaps()).bits(name)).copy()
+            bits.resize(disk.size)
+            drive(disk.door.change_bitmaps(partial(_merge, name=name, bits=bits)))
+            if info.enabled:
+                disk.enable_bitmap(name)
 
     def _verify(self, disk: Disk, result: ConvertResult) -> None:
         if not self.verify:

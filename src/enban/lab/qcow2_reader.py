@@ -88,6 +88,18 @@ class Snapshot:
     disk_size: int
 
 
+@dataclass
+class StoredBitmap:
+    """in_use, auto: its flags. granularity: bytes a bit. table: its place and entries."""
+
+    name: str
+    in_use: bool
+    auto: bool
+    granularity: int
+    table_offset: int
+    table_entries: int
+
+
 class Qcow2Reader:
     """An image in memory. `data_file`: the bytes of an external data file. Raises ValueError if broken."""
 
@@ -147,6 +159,54 @@ class Qcow2Reader:
             at = -(-(start + name_length) // 8) * 8
         self.snapshots_length = at - offset
         return found
+
+    def bitmaps(self) -> list[StoredBitmap]:
+        """The bitmap directory, if the header says that it counts. Raises ValueError if it is broken."""
+        self.directory, self.directory_length = 0, 0
+        if self.version < 3 or not self.autoclear & 1:
+            return []
+        (at,) = struct.unpack_from(">I", self.image, 100)
+        while True:
+            kind, length = struct.unpack_from(">II", self.image, at)
+            if kind == 0:
+                return []
+            if kind == 0x23852875:
+                break
+            at += 8 + -(-length // 8) * 8
+            if at > self.cluster:
+                raise ValueError("a header extension does not fit")
+        count, zero, self.directory_length, self.directory = struct.unpack_from(">IIQQ", self.image, at + 8)
+        if zero or not count:
+            raise ValueError("bitmaps extension")
+        found, at = [], self.directory
+        for _ in range(count):
+            table, entries, flags, kind, bits, name_length, extra = struct.unpack_from(
+                ">QIIBBHI", self.image, at
+            )
+            start = at + 24 + extra
+            name = bytes(self.image[start : start + name_length]).decode()
+            if kind != 1 or flags & ~3 or extra or not 9 <= bits <= 31 or not name:
+                raise ValueError(f"bitmap {name!r}")
+            found.append(StoredBitmap(name, bool(flags & 1), bool(flags & 2), 1 << bits, table, entries))
+            at = -(-(start + name_length) // 8) * 8
+        if at != self.directory + self.directory_length:
+            raise ValueError("length of the bitmap directory")
+        return found
+
+    def dirty(self, bitmap: StoredBitmap) -> set[int]:
+        """The granules that a bitmap says have changed."""
+        bits = -(-self.size // bitmap.granularity)
+        if bitmap.table_entries != max(1, -(-bits // (8 * self.cluster))):
+            raise ValueError(f"bitmap {bitmap.name!r} has {bitmap.table_entries} entries")
+        found = set()
+        for index, entry in enumerate(self.table(bitmap.table_offset, bitmap.table_entries)):
+            content = bytes([255 if entry == 1 else 0]) * self.cluster
+            if entry > 1:
+                content = bytes(self.image[entry : entry + self.cluster]).ljust(self.cluster, b"\0")
+            first = index * self.cluster * 8
+            for place in [place for place, byte in enumerate(content) if byte]:
+                found |= {first + place * 8 + bit for bit in range(8) if content[place] >> bit & 1}
+        return {bit for bit in found if bit < bits}
 
     def table(self, offset: int, entries: int) -> array[int]:
         raw = self.image[offset : offset + entries * 8]
@@ -312,6 +372,13 @@ class Qcow2Reader:
         tables += [(s.l1_offset, s.l1_entries, False) for s in self.snapshots]
         if self.snapshots:
             refer(self.snapshots_offset, self.snapshots_length, "snapshot table")
+        for bitmap in self.bitmaps():
+            refer(bitmap.table_offset, bitmap.table_entries * 8, "bitmap table")
+            for entry in self.table(bitmap.table_offset, bitmap.table_entries):
+                if entry > 1:
+                    refer(entry, self.cluster, "bitmap data")
+        if self.directory_length:
+            refer(self.directory, self.directory_length, "bitmap directory")
         copied: set[int] = set()
         single: set[int] = set()
         for l1_offset, l1_entries, active in tables:

@@ -28,7 +28,6 @@ from ...wire.nbd.handshake_server import (
     ListRequested,
 )
 from . import sockets
-from .export import CONTEXTS
 from .transmission import Transmission
 
 TYPE_CHECKING = False
@@ -155,7 +154,7 @@ class Connection:
             handshake.answer_contexts(
                 [
                     (number, name)
-                    for number, name in CONTEXTS.items()
+                    for number, name in exports[event.name].contexts.items()
                     if everything
                     or _matches(name, event.queries, listing=event.option == OPT_LIST_META_CONTEXT)
                 ]
@@ -196,6 +195,7 @@ class Connection:
 
 
 def _matches(name: str, queries: list[str], *, listing: bool) -> bool:
-    """Whether a context was asked for: by name, or, when listing, by its namespace ("base:")."""
-    namespace = name.partition(":")[0] + ":"
-    return any(query == name or (listing and query == namespace) for query in queries)
+    """Whether a context was asked for: by name, or, when listing, by how it begins ("base:")."""
+    return any(
+        query == name or (listing and query.endswith(":") and name.startswith(query)) for query in queries
+    )

@@ -24,6 +24,9 @@ from ...wire.nbd.constants import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ...block.bitmaps import Bits
     from ...block.door import Door
     from ...extent import Extent
     from ...units import GuestOffset
@@ -31,7 +34,10 @@ if TYPE_CHECKING:
 
 ALLOCATION, DEPTH = 1, 2  # ids of the metadata contexts
 ALLOCATION_DEPTH = "qemu:allocation-depth"
+BITMAP_CONTEXT = "qemu:dirty-bitmap:"
 CONTEXTS = {ALLOCATION: BASE_ALLOCATION, DEPTH: ALLOCATION_DEPTH}
+FIRST_BITMAP = 3  # those of bitmaps follow
+STATE_DIRTY = 1  # flag of a bitmap's context
 
 # A block status reply stops at whichever comes first; the client asks again from there.
 MOST_EXTENTS = 1 << 14
@@ -42,6 +48,7 @@ class ServedExport:
     """A disk behind its door, as it is offered to clients.
 
     name: "" is the default export. base, size: the slice, in bytes.
+    bitmaps: names of the dirty bitmaps that clients can ask for, as contexts of their own.
     clients: how many connections have entered it.
     stable: whether a place in the image's file keeps its meaning while the export lives. Replies may then
         refer to the pages of the file: a write that comes before the client has read its reply is one
@@ -58,6 +65,7 @@ class ServedExport:
         size: int | None = None,
         description: str = "",
         multi_conn: bool = True,
+        bitmaps: Sequence[str] = (),
     ) -> None:
         room = door.node.size - offset
         if offset < 0 or room < 0 or (size is not None and not 0 <= size <= room):
@@ -66,6 +74,11 @@ class ServedExport:
                 path=door.node.name,
             )
         self.door = door
+        self.bitmaps = list(dict.fromkeys(bitmaps))
+        self.contexts = dict(CONTEXTS)  # names by number
+        for number, bitmap in enumerate(self.bitmaps, FIRST_BITMAP):
+            self._bits(bitmap)  # there must be such a bitmap, and it must be sound
+            self.contexts[number] = BITMAP_CONTEXT + bitmap
         self.name = name
         self.description = description
         self.base = offset
@@ -95,12 +108,32 @@ class ServedExport:
             max_block=DEFAULT_MAX_PAYLOAD,
         )
 
+    def _bits(self, name: str) -> Bits:
+        return drive(drive(self.door.bitmaps()).bits(name))
+
+    def _dirty(self, name: str, offset: GuestOffset, length: int, *, only_one: bool) -> list[StatusExtent]:
+        end = offset + length
+        bits = self._bits(name)
+        extents: list[StatusExtent] = []
+        while offset < end and len(extents) < (1 if only_one else MOST_EXTENTS):
+            dirty, stop = bits.run(offset, end)
+            extents.append((stop - offset, STATE_DIRTY if dirty else 0))
+            offset = stop
+        return extents
+
     def block_status(
-        self, offset: GuestOffset, length: int, *, only_one: bool = False
+        self, offset: GuestOffset, length: int, contexts: Sequence[int] = (), *, only_one: bool = False
     ) -> dict[int, list[StatusExtent]]:
         """By context, the extents of a range of the disk, which may end early, lengths in bytes."""
         end = offset + length
-        found: dict[int, list[StatusExtent]] = {ALLOCATION: [], DEPTH: []}
+        found: dict[int, list[StatusExtent]] = {
+            context: self._dirty(self.bitmaps[context - FIRST_BITMAP], offset, length, only_one=only_one)
+            for context in contexts
+            if context >= FIRST_BITMAP
+        }
+        if contexts and len(found) == len(contexts):
+            return found
+        found |= {ALLOCATION: [], DEPTH: []}
         closed: set[int] = set()  # with `only_one`: contexts whose first extent is complete
         steps = 0
         while offset < end and len(closed) < 2 and steps < MOST_STEPS:

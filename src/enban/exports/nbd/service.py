@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 class Wanted:
     """One disk to serve. reference: as for `enban.open`. name: the export's, "" for the default one.
 
-    offset, size: the slice of the disk in bytes; size None is to its end.
+    offset, size: the slice of the disk in bytes; size None is to its end. bitmaps: dirty bitmaps to show.
     """
 
-    __slots__ = ("description", "format", "name", "offset", "reference", "size")
+    __slots__ = ("bitmaps", "description", "format", "name", "offset", "reference", "size")
 
     def __init__(
         self,
@@ -52,7 +52,9 @@ class Wanted:
         offset: int = 0,
         size: int | None = None,
         description: str = "",
+        bitmaps: Sequence[str] = (),
     ) -> None:
+        self.bitmaps = bitmaps
         self.reference = reference
         self.name = name
         self.format = format
@@ -172,6 +174,7 @@ def _open(one: Wanted, settings: Settings, stack: contextlib.ExitStack, trace: T
         size=one.size,
         description=one.description,
         multi_conn=settings.shared != 1,
+        bitmaps=one.bitmaps,
     )
 
 

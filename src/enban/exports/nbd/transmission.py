@@ -454,7 +454,9 @@ class Transmission:
             self._pos = end
             return
         if kind == CMD_BLOCK_STATUS:
-            found = self._export.block_status(place, length, only_one=bool(flags & CMD_FLAG_REQ_ONE))
+            found = self._export.block_status(
+                place, length, contexts, only_one=bool(flags & CMD_FLAG_REQ_ONE)
+            )
             for position, context in enumerate(contexts):
                 last = position + 1 == len(contexts)
                 chunk = codec.pack_status(

@@ -160,16 +160,17 @@ class Qcow2Bitmaps(Bitmaps):
 
     async def _table(self, bitmap: Bitmap) -> dict[int, int]:
         if bitmap.table is None:
-            node, entry = self.node, bitmap.entry
-            fault = entry.fault(node.size, node.cluster_bits)
-            if not fault and entry.table_offset + entry.table_entries * 8 > node.file.size():
-                fault = f"the table of bitmap {entry.name!r} reaches past the end of the file"
-            if fault:
-                raise CorruptImageError(
-                    fault, path=node.name, offset=self.directory + entry.place, hint=_REPAIR
-                )
-            bitmap.table = await self._read_table(entry)
+            self._check_entry(bitmap.entry)
+            bitmap.table = await self._read_table(bitmap.entry)
         return bitmap.table
+
+    def _check_entry(self, entry: BitmapEntry) -> None:
+        node = self.node
+        fault = entry.fault(node.size, node.cluster_bits)
+        if not fault and entry.table_offset + entry.table_entries * 8 > node.file.size():
+            fault = f"the table of bitmap {entry.name!r} reaches past the end of the file"
+        if fault:
+            raise CorruptImageError(fault, path=node.name, offset=self.directory + entry.place, hint=_REPAIR)
 
     async def _read_table(self, entry: BitmapEntry) -> dict[int, int]:
         node = self.node
@@ -216,6 +217,8 @@ class Qcow2Bitmaps(Bitmaps):
         counted: make sure that it is theirs alone, by the refcounts: it will be written over."""
         size = self.node.cluster_size
         found = [(self.directory, self.length, "bitmap directory")] if self.found else []
+        for bitmap in self.found:
+            self._check_entry(bitmap.entry)
         if sum(bitmap.entry.table_entries for bitmap in self.found) * size > _MOST_DATA:
             raise CorruptImageError(
                 f"the {len(self.found)} bitmaps are larger than {_MOST_DATA >> 30} GiB in sum",
@@ -395,6 +398,10 @@ class Qcow2Bitmaps(Bitmaps):
         others = [bitmap for bitmap in self.found if bitmap not in old]
         await self._switch([*others, bitmap], {bitmap: None}, old)
 
+    def vet(self, name: str, granularity: int) -> None:
+        self._check_version()
+        self._empty(name, granularity, enabled=True)
+
     def _empty(self, name: str, granularity: int, *, enabled: bool) -> Bitmap:
         node = self.node
         bits = granularity.bit_length() - 1
@@ -466,12 +473,15 @@ class Qcow2Bitmaps(Bitmaps):
         merged.merge(source)
         await self._replace(bitmap, merged)
 
-    async def _prepare(self) -> None:
-        node = self.node
-        if node.header.version < 3:
+    def _check_version(self) -> None:
+        if self.node.header.version < 3:
             raise UnsupportedOperationError(
-                "an image of version 2 has no bitmaps", path=node.name, hint="upgrade it to compat=1.1"
+                "an image of version 2 has no bitmaps", path=self.node.name, hint="upgrade it to compat=1.1"
             )
+
+    async def _prepare(self) -> None:
+        self._check_version()
+        node = self.node
         async with node.mutex:
             await node.prepare_metadata()
 

@@ -79,7 +79,7 @@ async def repair_image(
     await before.check()
     found = before.findings
     work = _Repair(node, meter)
-    fault = await _bitmaps_fault(node) if mode == "all" else ""
+    fault = await _bitmaps_fault(node, before.clashing) if mode == "all" else ""
     if fault:
         await _drop_bitmaps(node, fault, work.done)
         before = Checker(node, meter)
@@ -97,7 +97,7 @@ async def repair_image(
         after = before
     if mode == "all" and not work.impossible:
         await _reload(node)
-        fault = await _bitmaps_fault(node, counted=True)
+        fault = await _bitmaps_fault(node, after.clashing, counted=True)
         if fault:
             await _drop_bitmaps(node, fault, work.done)
             await work.run(after, everything=True)
@@ -133,14 +133,17 @@ async def repair_dirty(node: Qcow2Node) -> None:
         )
 
 
-async def _bitmaps_fault(node: Qcow2Node, *, counted: bool = False) -> str:
-    """Why the bitmaps cannot be used; "" if they can. counted: refcounts are right already, and tell which
-    of their clusters are something else as well."""
+async def _bitmaps_fault(node: Qcow2Node, clashing: set[Cluster], *, counted: bool = False) -> str:
+    """Why the bitmaps cannot be used; "" if they can. clashing: clusters that two tables claim. counted:
+    refcounts are right already, and tell which clusters are guest data as well."""
     try:
-        bitmaps = await open_bitmaps(node)
-        await bitmaps.places(counted=counted)
+        places = await (await open_bitmaps(node)).places(counted=counted)
     except CorruptImageError as error:
         return error.what
+    bits = node.cluster_bits
+    for offset, length, what in places:
+        if not clashing.isdisjoint(range(offset >> bits, (offset + length - 1 >> bits) + 1)):
+            return f"a {what} lies on other metadata"
     return ""
 
 
