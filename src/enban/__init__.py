@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .jobs.info import image_info
     from .jobs.measure import measure
     from .jobs.rebase import rebase
+    from .jobs.stream import stream
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,7 @@ __all__ = [
     "measure",
     "open",
     "rebase",
+    "stream",
 ]
 
 # Work on whole disks; each is imported when it is first asked for.
@@ -73,6 +75,7 @@ _JOBS = {
     "image_info": "info",
     "measure": "measure",
     "rebase": "rebase",
+    "stream": "stream",
 }
 
 

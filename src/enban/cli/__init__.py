@@ -27,13 +27,14 @@ VERBS = {
     "rebase": "Base an image on another backing file, or on none",
     "snapshot": "List, create, apply and delete the snapshots inside an image",
     "commit": "Write the data of an image into its backing file",
+    "stream": "Copy into an image what it shows of its backing files",
     "serve": "Serve disks over NBD",
     "serial bridge": "Join a guest's serial line with those who debug it",
     "serial list": "List the serial ports of this machine",
     "torture": "Find out whether disks keep their promises in crashes and failures",
 }
 # Verbs that may leave something half-made if they are killed: they clean up on SIGTERM too.
-_MAKERS = ("create", "convert", "dd", "rebase", "commit", "resize", "check", "snapshot")
+_MAKERS = ("create", "convert", "dd", "rebase", "commit", "resize", "check", "snapshot", "stream")
 _ERROR = {"compare": 2}  # where 1 means something else than "failed"
 
 EXIT_BUG, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 70, 130, 141, 143
