@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .jobs.info import image_info
     from .jobs.measure import measure
     from .jobs.rebase import rebase
+    from .jobs.stream import stream
 
 __version__ = "0.1.0"
 
@@ -62,6 +63,7 @@ __all__ = [
     "measure",
     "open",
     "rebase",
+    "stream",
 ]
 
 # Work on whole disks; each is imported when it is first asked for.
@@ -76,6 +78,7 @@ _JOBS = {
     "image_info": "info",
     "measure": "measure",
     "rebase": "rebase",
+    "stream": "stream",
 }
 
 

@@ -53,6 +53,7 @@ __all__ = [
     "image_info",
     "open",
     "rebase",
+    "stream",
 ]
 
 
@@ -222,6 +223,12 @@ class AsyncDisk:
         buffer = bytearray(max(0, min(length, self.vm_state_size - offset + 1)))  # one too many is refused
         await self.door.read_vm_state(buffer, offset)
         return bytes(buffer)
+
+    async def pull(self, base: str = "", *, progress: Callable[[int, int], None] | None = None) -> int:
+        """Copy into the image what it shows of the images below, and let go of them; other requests go on
+        meanwhile. base: how far down the chain to let go, a name as stored there or a path; "": all.
+        Cancelled, it can be begun again. Returns the number of bytes copied."""
+        return await self.door.pull(base, progress)
 
     async def commit(self) -> int:
         """Of a disk opened with `snapshot=True`: write its changes down into the image, and go on with an
@@ -402,4 +409,10 @@ async def image_info(*args: Any, **settings: Any) -> list[dict[str, Any]]:
 async def rebase(*args: Any, **settings: Any) -> int:
     """`enban.rebase` without blocking the loop."""
     result: int = await _in_thread("rebase", True, args, settings)
+    return result
+
+
+async def stream(*args: Any, **settings: Any) -> int:
+    """`enban.stream` without blocking the loop."""
+    result: int = await _in_thread("stream", True, args, settings)
     return result

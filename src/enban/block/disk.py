@@ -7,7 +7,7 @@ from .runtime import drive
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
     from ..extent import Extent
@@ -146,6 +146,14 @@ class Disk:
         buffer = bytearray(max(0, min(length, self.vm_state_size - offset + 1)))  # one too many is refused
         drive(self.door.read_vm_state(buffer, offset))
         return bytes(buffer)
+
+    def pull(self, base: str = "", *, progress: Callable[[int, int], None] | None = None) -> int:
+        """Copy into the image what it shows of the images below, and let go of them; other requests go on
+        meanwhile. base: how far down the chain to let go, a name as stored there or a path; "": all.
+        Interrupted, it can be begun again. Returns the number of bytes copied.
+
+        Raises UsageError, HostError, ImageError."""
+        return drive(self.door.pull(base, progress))
 
     def commit(self) -> int:
         """Of a disk opened with `snapshot=True`: write its changes down into the image, and go on with an

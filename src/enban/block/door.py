@@ -314,6 +314,17 @@ class Door:
         async with self.resizing:
             return await self.runtime.finish(self.temporary.commit())
 
+    async def pull(self, base: str = "", progress: Callable[[int, int], None] | None = None) -> int:
+        """Copy into the image what it shows of the images above `base`, of all below if that is "", while
+        I/O goes on; then it stands on the base, or alone. Returns the number of bytes copied."""
+        from .pull import pull
+
+        self._check_write(0, 0)
+        if self.temporary is not None:
+            raise UsageError("a temporary overlay cannot stand alone", path=self.node.name)
+        async with self.resizing:
+            return await pull(self, base, progress)
+
     async def close(self) -> None:
         """Let requests in flight end, flush, and release every storage of the chain.
 

@@ -177,7 +177,7 @@ async def write(node: Node, buffer: memoryview, offset: GuestOffset) -> None:
         try:
             part = buffer[position : position + n]
             await node.vet(part, start)
-            await node.runtime.finish(_write_locked(node, part, start))
+            await node.runtime.finish(write_locked(node, part, start))
         finally:
             node.ranges.release(held)
         position += n
@@ -222,7 +222,8 @@ async def lock_units(node: Node, offset: GuestOffset, length: int) -> HeldRange:
     return await node.ranges.acquire(align_down(offset, node.unit), align_up(offset + length, node.unit))
 
 
-async def _write_locked(node: Node, buffer: memoryview, offset: GuestOffset) -> None:
+async def write_locked(node: Node, buffer: memoryview, offset: GuestOffset) -> None:
+    """A write of at most STRIDE bytes by who holds the lock of its units."""
     pieces = await node.reserve(offset, len(buffer))
     await _move_and_publish(PlannedWrite(node, buffer, offset, None, pieces))
 

@@ -29,6 +29,7 @@ VERBS = {
     "bitmap": "Record what changes: make, change and remove dirty bitmaps",
     "backup": "Copy what changed since the last backup",
     "commit": "Write the data of an image into its backing file",
+    "stream": "Copy into an image what it shows of its backing files",
     "serve": "Serve disks over NBD",
     "serial bridge": "Join a guest's serial line with those who debug it",
     "serial list": "List the serial ports of this machine",
@@ -36,6 +37,7 @@ VERBS = {
 }
 # Verbs that may leave something half-made if they are killed: they clean up on SIGTERM too.
 _MAKERS = ("create", "convert", "dd", "rebase", "commit", "resize", "check", "snapshot", "bitmap", "backup")
+_MAKERS = ("create", "convert", "dd", "rebase", "commit", "resize", "check", "snapshot", "stream")
 _ERROR = {"compare": 2}  # where 1 means something else than "failed"
 
 EXIT_BUG, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 70, 130, 141, 143

@@ -11,11 +11,10 @@ those between should be based on it.
 
 from __future__ import annotations
 
-import os
-
 from enban.block.disk import Disk
 from enban.block.door import Door, close_chain
 from enban.block.gate import TRUSTED
+from enban.block.pull import names
 from enban.block.runtime import BLOCKING, drive
 from enban.catalog import Opener, parse_reference
 from enban.errors import UsageError
@@ -83,7 +82,7 @@ def _open_down_to(opener: Opener, top: Node, base: str) -> int:
         opener.gate.check(node.backing_name, image=node.name, role="backing file")
         below = backing_reference(node.name, node.backing_name, node.backing_format)
         depth += 1
-        is_base = not base or _is_named(base, node)
+        is_base = not base or names(base, node)
         node.backing = drive(opener.open_chain(below, writable=is_base, backing=is_base))
         node = node.backing
         if node.file.identity in seen:
@@ -91,17 +90,6 @@ def _open_down_to(opener: Opener, top: Node, base: str) -> int:
         seen.add(node.file.identity)
         if is_base:
             return depth
-
-
-def _is_named(base: str, node: Node) -> bool:
-    """Whether `base` means the backing file of `node`: as it is stored there, or as a path."""
-    name = node.backing_name
-    if base == name:
-        return True
-    try:
-        return os.path.samefile(base, os.path.join(os.path.dirname(node.name), name))
-    except OSError:
-        return False
 
 
 def _node_at(node: Node, depth: int) -> Node:

@@ -97,7 +97,7 @@ def convert(
         if backing_format:
             wanted["backing_fmt"] = backing_format
     if references == ["-"]:
-        from .streams import convert_stdin
+        from .pipes import convert_stdin
 
         refused = {
             "a source format other than raw": source_format not in ("", "raw"),
@@ -144,7 +144,7 @@ def convert(
             )
         inputs = Sources(disks, top_only=bool(wanted.get("backing_file")), dense=sparse_size == 0)
         if target == "-":
-            from .streams import write_stdout
+            from .pipes import write_stdout
 
             return write_stdout(inputs, target_format, progress)
         run = _Run(inputs, target, target_format, wanted)

@@ -66,6 +66,12 @@ def rebase(
         if unsafe:
             drive(node.set_backing(backing, backing_format))
             return 0
+        if node.snapshots_here():
+            raise UsageError(
+                "the internal snapshots of the image need its present backing file",
+                path=node.name,
+                hint="delete them, or change the name alone with -u",
+            )
         if not backing:
             return _switch(disk, None, "", "", progress)
         # Looked at without locks first: the image itself, which we hold, may be in that chain.
