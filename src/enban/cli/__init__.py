@@ -36,8 +36,19 @@ VERBS = {
     "torture": "Find out whether disks keep their promises in crashes and failures",
 }
 # Verbs that may leave something half-made if they are killed: they clean up on SIGTERM too.
-_MAKERS = ("create", "convert", "dd", "rebase", "commit", "resize", "check", "snapshot", "bitmap", "backup")
-_MAKERS = ("create", "convert", "dd", "rebase", "commit", "resize", "check", "snapshot", "stream")
+_MAKERS = (
+    "create",
+    "convert",
+    "dd",
+    "rebase",
+    "commit",
+    "resize",
+    "check",
+    "snapshot",
+    "bitmap",
+    "backup",
+    "stream",
+)
 _ERROR = {"compare": 2}  # where 1 means something else than "failed"
 
 EXIT_BUG, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 70, 130, 141, 143
