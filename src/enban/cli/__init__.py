@@ -34,7 +34,7 @@ VERBS = {
     "cdrom": "List CD-ROM drives, show, read and eject discs",
 }
 # Verbs that may leave something half-made if they are killed: they clean up on SIGTERM too.
-_MAKERS = ("create", "convert", "dd", "rebase", "commit", "resize", "check", "snapshot")
+_MAKERS = ("create", "convert", "dd", "rebase", "commit", "resize", "check", "snapshot", "cdrom")
 _ERROR = {"compare": 2}  # where 1 means something else than "failed"
 
 EXIT_BUG, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 70, 130, 141, 143

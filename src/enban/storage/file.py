@@ -16,6 +16,7 @@ from ..errors import (
     FlushFailedError,
     HostError,
     LockedError,
+    ReadOnlyError,
     UnsupportedOperationError,
     UsageError,
     from_oserror,
@@ -347,6 +348,8 @@ def open_file(
     """
     if cache not in CACHE_MODES:
         raise UsageError(f"cache mode '{cache}' is not known", hint=f"use one of {', '.join(CACHE_MODES)}")
+    if writable and not create and _read_only_device(path):  # the kernel opens it and fails the writes
+        raise ReadOnlyError("the device is read-only", path=path)
     try:
         claim = writable and lock and heir_of is None
         fd = host.open_file(path, writable=writable, create=create, claim=claim)
@@ -396,6 +399,23 @@ def _storage_class(fd: int) -> type[FileStorage]:
     from .device import DeviceStorage
 
     return DeviceStorage
+
+
+def _read_only_device(path: str) -> bool:
+    if not host.is_block_device(path):
+        return False
+    from . import kernel
+
+    try:
+        fd = kernel.KERNEL.open(path)
+    except OSError:
+        return False
+    try:
+        return bool(kernel.number(kernel.KERNEL, fd, kernel.BLKROGET))
+    except OSError:
+        return False
+    finally:
+        kernel.KERNEL.close(fd)
 
 
 def _in_use(path: str, *, writing: bool) -> LockedError:
