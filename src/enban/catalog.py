@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     Options = dict[str, Any]
 
+_LOCAL = ("file", "host_device", "host_cdrom")  # names of QEMU's drivers for what is on this machine
 FORMATS = ("raw", "qcow2", "qcow")
 
 # Content that marks formats we have no driver for: taken for raw, their bytes would be misread.
@@ -122,6 +123,7 @@ class Opener:
     snapshot_name: id or name of the internal snapshot to show in place of the top image's active state.
     passphrase: of encrypted images that have no option `encrypt.key-file`.
     keyless: open encrypted images without it too; whoever then reads their data gets the error.
+    empty_drive: a CD-ROM drive without a disc will do; its disk has 0 bytes until there is one.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class Opener:
         snapshot_name: str = "",
         passphrase: Passphrase = None,
         keyless: bool = False,
+        empty_drive: bool = False,
     ) -> None:
         self.runtime = runtime
         self.gate = gate
@@ -145,6 +148,7 @@ class Opener:
         self.passphrase = passphrase
         self.heirs_of: dict[str, Storage] = {}  # open storages whose locks go to those opened here, by name
         self.keyless = keyless
+        self.empty_drive = empty_drive
 
     async def open_chain(
         self, reference: str | Options, *, format: str = "", writable: bool = False, backing: bool = True
@@ -288,6 +292,16 @@ class Opener:
             return read_key_file(str(encrypt["key-file"]))
         return passphrase_for(name, self.passphrase)
 
+    def _open_disc(self, filename: str, writable: bool) -> Storage | None:
+        """The disc in a CD-ROM drive; None if the file is something else."""
+        from .storage import cdrom
+
+        if filename == cdrom.DEFAULT:
+            filename = cdrom.find_drive(filename)
+        elif not cdrom.is_drive(filename):
+            return None
+        return cdrom.open_drive(filename, self.runtime, writable=writable, empty=self.empty_drive)
+
     async def open_storage(self, options: Options, *, writable: bool, create: bool = False) -> Storage:
         """The storage that options name: a file, or whatever a URI's scheme says."""
         driver = str(options.get("driver", "file"))
@@ -298,11 +312,17 @@ class Opener:
             from .storage.nbd import open_nbd
 
             return await self.runtime.offload(open_nbd, options, self.runtime, writable)
-        if driver not in ("file", "host_device") or not isinstance(filename, str) or not filename:
+        if driver not in _LOCAL or not isinstance(filename, str) or not filename:
             raise UsageError(
                 f"driver '{driver}' is not known or needs a filename", hint="use driver=file,filename=..."
             )
         filename = filename.removeprefix("file:")
+        from .storage.host import is_block_device
+
+        if filename.startswith("/dev/") or is_block_device(filename):
+            disc = await self.runtime.offload(self._open_disc, filename, writable)
+            if disc is not None:
+                return disc
         from .storage.file import FileStorage, open_file
 
         elder = self.heirs_of.get(filename)
@@ -347,6 +367,7 @@ async def open_door(
     snapshot_name: str = "",
     passphrase: Passphrase = None,
     keyless: bool = False,
+    empty_drive: bool = False,
 ) -> Door:
     """Open a disk with its chain; both faces are made of this.
 
@@ -365,6 +386,7 @@ async def open_door(
         snapshot_name=snapshot_name,
         passphrase=passphrase,
         keyless=keyless,
+        empty_drive=empty_drive,
     )
     if snapshot:
         return await _open_temporary(opener, reference, format, backing, snapshot_dir)

@@ -34,6 +34,7 @@ VERBS = {
     "serial bridge": "Join a guest's serial line with those who debug it",
     "serial list": "List the serial ports of this machine",
     "torture": "Find out whether disks keep their promises in crashes and failures",
+    "cdrom": "List CD-ROM drives, show, read and eject discs",
 }
 # Verbs that may leave something half-made if they are killed: they clean up on SIGTERM too.
 _MAKERS = (
@@ -48,6 +49,7 @@ _MAKERS = (
     "bitmap",
     "backup",
     "stream",
+    "cdrom",
 )
 _ERROR = {"compare": 2}  # where 1 means something else than "failed"
 

@@ -54,6 +54,11 @@ class RawNode(Node):
         if probe is not None:
             self.unit = SECTOR  # writes to the first sector are judged one after the other
 
+    def follow_storage(self) -> None:
+        """Take the size that the storage has now, of a disk that is all of it. No request is under way."""
+        if not self.sliced:
+            self.size = self.file.size()
+
     def locate(self, offset: GuestOffset, length: int) -> HostOffset:
         return self.base + offset
 

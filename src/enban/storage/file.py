@@ -16,6 +16,7 @@ from ..errors import (
     FlushFailedError,
     HostError,
     LockedError,
+    ReadOnlyError,
     UnsupportedOperationError,
     UsageError,
     from_oserror,
@@ -49,6 +50,7 @@ class FileStorage(Storage):
         self._flushes = cache != "unsafe"
         self._flush_error: OSError | None = None
         self._direct = -1
+        self._alignment = DIRECT_ALIGNMENT
         self._bounces: list[mmap] = []
         self._zeroes_fast: bool | None = None  # not asked yet
         self._locked = False
@@ -160,15 +162,15 @@ class FileStorage(Storage):
             with memoryview(bounce) as space:
                 done = 0
                 while done < len(view):
-                    lead = (offset + done) % DIRECT_ALIGNMENT
+                    lead = (offset + done) % self._alignment
                     want = min(len(view) - done, _DIRECT_STRIDE - lead)
-                    span = -(-(lead + want) // DIRECT_ALIGNMENT) * DIRECT_ALIGNMENT
+                    span = -(-(lead + want) // self._alignment) * self._alignment
                     start = offset + done - lead
                     n = 0
                     while n < span:  # a short read that is no multiple of a block is the end of the file
                         got = os.preadv(self._direct, (space[n:span],), start + n)
                         n += got
-                        if not got or n % DIRECT_ALIGNMENT:
+                        if not got or n % self._alignment:
                             break
                     space[n:span] = bytes(span - n)
                     view[done : done + want] = space[lead : lead + want]
@@ -177,8 +179,8 @@ class FileStorage(Storage):
             self._bounces.append(bounce)
 
     def _write_direct(self, view: memoryview, offset: HostOffset) -> None:
-        first = -(-offset // DIRECT_ALIGNMENT) * DIRECT_ALIGNMENT
-        last = (offset + len(view)) // DIRECT_ALIGNMENT * DIRECT_ALIGNMENT
+        first = -(-offset // self._alignment) * self._alignment
+        last = (offset + len(view)) // self._alignment * self._alignment
         if first >= last:
             host.write_all(self._fd, view, offset)
             return
@@ -346,17 +348,27 @@ def open_file(
     """
     if cache not in CACHE_MODES:
         raise UsageError(f"cache mode '{cache}' is not known", hint=f"use one of {', '.join(CACHE_MODES)}")
+    if writable and not create and _read_only_device(path):  # the kernel opens it and fails the writes
+        raise ReadOnlyError("the device is read-only", path=path)
     try:
-        fd = host.open_file(path, writable=writable, create=create)
+        claim = writable and lock and heir_of is None
+        fd = host.open_file(path, writable=writable, create=create, claim=claim)
     except OSError as error:
         if error.errno == errno.ENODEV:
             raise HostError("is not a regular file or block device", path=path, errno=errno.ENODEV) from error
+        if error.errno == errno.EBUSY:
+            raise LockedError(
+                "the device is in use: mounted, or a part of another device",
+                path=path,
+                hint="unmount it first",
+                errno=errno.EBUSY,
+            ) from error
         doing = "create" if create else ("open for writing" if writable else "open")
         raise from_oserror(error, doing, path) from error
     except ValueError as error:  # a NUL byte in the name
         raise UsageError(f"'{path!r}' cannot be a file name: {error}") from None
     try:
-        storage = FileStorage(path, fd, runtime, writable=writable, cache=cache)
+        storage = _storage_class(fd)(path, fd, runtime, writable=writable, cache=cache)
         if heir_of is not None and storage.identity != heir_of.identity:
             raise HostError(
                 "is not the file any more that was opened under this name",
@@ -379,6 +391,31 @@ def open_file(
             raise
         raise from_oserror(error, "open", path) from error
     return storage
+
+
+def _storage_class(fd: int) -> type[FileStorage]:
+    if not host.is_block_device(fd):
+        return FileStorage
+    from .device import DeviceStorage
+
+    return DeviceStorage
+
+
+def _read_only_device(path: str) -> bool:
+    if not host.is_block_device(path):
+        return False
+    from . import kernel
+
+    try:
+        fd = kernel.KERNEL.open(path)
+    except OSError:
+        return False
+    try:
+        return bool(kernel.number(kernel.KERNEL, fd, kernel.BLKROGET))
+    except OSError:
+        return False
+    finally:
+        kernel.KERNEL.close(fd)
 
 
 def _in_use(path: str, *, writing: bool) -> LockedError:

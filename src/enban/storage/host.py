@@ -36,8 +36,11 @@ _LARGEST_IO = 0x7FFFF000  # Linux moves no more in one call
 _cursor_guard = _thread.allocate_lock()  # hosts without positioned I/O share one cursor
 
 
-def open_file(path: str, *, writable: bool, create: bool = False, direct: bool = False) -> int:
-    """A descriptor for a regular file or block device; `create` makes a new file and never replaces one."""
+def open_file(
+    path: str, *, writable: bool, create: bool = False, direct: bool = False, claim: bool = False
+) -> int:
+    """A descriptor for a regular file or block device; `create` makes a new file and never replaces one.
+    claim: of a device, not while it is mounted or claimed by somebody else (EBUSY)."""
     flags = os.O_RDWR if writable else os.O_RDONLY
     flags |= getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     if create:
@@ -49,6 +52,8 @@ def open_file(path: str, *, writable: bool, create: bool = False, direct: bool =
             raise OSError(errno.EISDIR, "is a directory", path)
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             raise OSError(errno.ENODEV, "is not a regular file or block device", path)
+        if claim and stat.S_ISBLK(mode):
+            flags |= os.O_EXCL
     if direct:
         flags |= os.O_DIRECT
     return os.open(path, flags, 0o644)
@@ -95,6 +100,14 @@ def facts(fd: int) -> tuple[int, bool, tuple[int, ...]]:
     if stat.S_ISBLK(status.st_mode):
         return os.lseek(fd, 0, os.SEEK_END), True, (status.st_rdev,)
     return status.st_size, False, (status.st_dev, status.st_ino)
+
+
+def is_block_device(file: int | str) -> bool:
+    """file: a descriptor or a path; False if there is no such file."""
+    try:
+        return stat.S_ISBLK(os.stat(file).st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def allocated(fd: int) -> int:

@@ -166,8 +166,10 @@ class Connection:
                 if event.option not in (OPT_INFO, OPT_GO):
                     self.server.log(f"{self.peer}: {text}")
                 handshake.refuse(REP_ERR_UNKNOWN, text)
-            elif handshake.accept(export.offer()) is not None:
-                self.export = export
+            else:
+                self.export = export  # before its size is told: `Server.end_clients` must not overlook us
+                if handshake.accept(export.offer()) is None:
+                    self.export = None
 
     def _unknown(self, name: str) -> str:
         return f"there is no export '{name}'"

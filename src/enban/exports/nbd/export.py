@@ -82,11 +82,17 @@ class ServedExport:
         self.name = name
         self.description = description
         self.base = offset
+        self._whole = size is None
         self.size = room if size is None else size
         self.read_only = read_only or not door.writable
         self.stable = not door.writable or door.node.format == "raw"
         self.clients = 0
         self._multi_conn = multi_conn
+
+    def follow_disk(self) -> None:
+        """Take the size that the disk has now, if its end is the export's. Clients do not notice."""
+        if self._whole:
+            self.size = max(0, self.door.node.size - self.base)
 
     def offer(self) -> Export:
         """What a client is told. A flush on one connection covers what was written on all of

@@ -117,6 +117,13 @@ class Server:
             ]
         return "\n".join(lines)
 
+    def end_clients(self, export: ServedExport) -> None:
+        """Disconnect who uses an export: what they have sent is answered, then they are gone. Returns when
+        all of them are. From any thread but those of connections."""
+        with self._guard:
+            users = [pair for pair in self._connections.values() if pair[0].export is export]
+        self._end(users)
+
     # -- the main loop -----------------------------------------------------------------------
 
     def run(self) -> None:
@@ -204,16 +211,19 @@ class Server:
     def _drain(self) -> None:
         with self._guard:
             living = list(self._connections.values())
-        for connection, _ in living:
+        self._end(living)
+
+    def _end(self, connections: list[tuple[Connection, threading.Thread]]) -> None:
+        for connection, _ in connections:
             connection.stop_receiving()
         deadline = monotonic() + self.grace_s
-        for _, thread in living:
+        for _, thread in connections:
             thread.join(max(0.0, deadline - monotonic()))
-        for connection, thread in living:
+        for connection, thread in connections:
             if thread.is_alive():
                 self.log(f"{connection.peer}: cut off, it does not take its replies")
                 connection.cut()
-        for _, thread in living:
+        for _, thread in connections:
             thread.join()
 
 

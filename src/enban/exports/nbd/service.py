@@ -20,6 +20,7 @@ from ...errors import UsageError, from_oserror
 from ...wire.nbd.constants import DEFAULT_PORT, MAX_STRING
 from . import sockets
 from .export import ServedExport
+from .media import MediaWatch
 from .server import GRACE_S, HANDSHAKE_S, Server
 from .trace import Trace
 from .transmission import SPIN_US
@@ -147,7 +148,12 @@ def serve(
         for listener in listeners:
             for export in exports:
                 announce(sockets.uri_of(listener, export.name, tls=tls is not None))
-        server.run()
+        media = MediaWatch(server, log)
+        media.start()
+        try:
+            server.run()
+        finally:
+            media.stop()
 
 
 def _open(one: Wanted, settings: Settings, stack: contextlib.ExitStack, trace: Trace | None) -> ServedExport:
@@ -162,6 +168,7 @@ def _open(one: Wanted, settings: Settings, stack: contextlib.ExitStack, trace: T
             snapshot=settings.snapshot,
             snapshot_dir=settings.snapshot_dir or None,
             passphrase=settings.passphrase,
+            empty_drive=True,
         )
     )
     stack.callback(lambda: drive(door.close()))
