@@ -21,7 +21,8 @@ from tests.serial.kd_streams import SocketStream
 
 
 class Tap:
-    """path: the socket for debuggers. late_ns: what the target sends is held back so long (a bad relay)."""
+    """path: the socket for debuggers. target: our end of the target's line; without it a socket pair is made,
+    whose other end is `target_end`. hold_s: what the target sends is held back so long (a bad relay)."""
 
     def __init__(
         self,
@@ -31,15 +32,17 @@ class Tap:
         recorder: Recorder | None = None,
         injector: Injector | None = None,
         hold_s: float = 0,
+        target: socket.socket | None = None,
     ) -> None:
         self.doctor = doctor
         self.recorder = recorder
         self.injector = injector
         self.hold_s = hold_s
         self.lock = threading.Lock()
-        ours, theirs = socket.socketpair()
-        self.target: socket.socket | None = ours
-        self.target_end = SocketStream(theirs)
+        self.target = target
+        if target is None:
+            self.target, theirs = socket.socketpair()
+            self.target_end = SocketStream(theirs)
         self.debugger: socket.socket | None = None
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(path)

@@ -173,6 +173,11 @@ def test_a_packet_cut_short_with_nothing_after_it_is_a_fault() -> None:
     assert "cut off" in session.doctor.verdicts()[0].words()
 
 
+def test_a_guest_that_is_left_alone_may_be_silent() -> None:
+    assert Session().names(60_000) == ["no-bytes"]
+    assert Session().faults(60_000) == []
+
+
 # -- ACKs and ids ------------------------------------------------------------------------------
 
 

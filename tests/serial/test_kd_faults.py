@@ -6,6 +6,7 @@ the recording of it replays to the same verdicts. The kernel's second is a tenth
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,6 +21,7 @@ from enban.serial.recording import Recorder, replay
 from enban.wire.kd import constants as k
 from tests.serial.kd_debugger import Debugger, GaveUp, connect
 from tests.serial.kd_machine import KERNEL_BASE, Machine
+from tests.serial.kd_streams import listen_tcp
 from tests.serial.kd_tap import Tap
 from tests.serial.kd_target import Faults, Target
 
@@ -351,4 +353,23 @@ def test_a_slow_line(line: Make) -> None:
                 debugger.read(KERNEL_BASE, 50 + 20 * number)
             (verdict,) = [v for v in made.tap.verdicts() if v.grade != "note"]
             assert verdict.name == "line-rate"
+            debugger.leave()
+
+
+@pytest.mark.parametrize("nodelay", [False, True])
+def test_tcp_that_collects_small_writes(tmp_path: Path, nodelay: bool) -> None:
+    """The target writes as QEMU's serial port does, in pieces: with Nagle's algorithm each answer waits for a
+    delayed ACK of TCP."""
+    machine = Machine()
+    machine.small_kernel()
+    stream, port = listen_tcp(nodelay=nodelay)
+    path = str(tmp_path / "kd.sock")
+    with Target(stream, machine, faults=Faults(pieces=True)) as target:
+        sock = socket.create_connection(("127.0.0.1", port))
+        with Tap(path, Doctor(), target=sock) as tap, connect(path) as debugger:
+            target.hit(KERNEL_BASE + 0x1000)
+            debugger.state()
+            for number in range(40):
+                debugger.read(KERNEL_BASE, 10 + 50 * number)
+            assert tap.faults() == ([] if nodelay else ["nagle"])
             debugger.leave()

@@ -21,8 +21,9 @@ from collections import deque
 from ..wire.kd import constants as k
 from ..wire.kd.messages import Message, decode
 from ..wire.kd.parser import BreakIn, Broken, Event, Noise, Packet
+from .judge import judge
 from .tracking import DEBUGGER, SECOND, SIDES, TARGET, WINDOW, Sender
-from .verdicts import Verdict, judge
+from .verdicts import Verdict
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Doctor:
         self.requests_since_stop = 0
         self.requests = 0
         self.request: Request | None = None  # the last one
+        self.unanswered_run = 0  # acknowledged requests that were given up, without an answered one between
         self.progress_ns = 0  # when something new last happened: not a retransmission, not a RESET
         self.round_trip_ns: deque[int] = deque(maxlen=WINDOW)
         self.break_in_ns = 0  # the first break-in that no stop followed yet
@@ -110,6 +112,8 @@ class Doctor:
         self.tick(when_ns)
         sender = self.sides[side]
         self._took(side, sender.parser.idle(), when_ns)
+        if side == DEBUGGER:
+            self._abandoned(when_ns)
         sender.present = False
         sender.closed_ns = when_ns
 
@@ -203,9 +207,8 @@ class Doctor:
             sender.restarted()
             other.restarted()
             if side == DEBUGGER:  # it forgets what it had asked
-                sender.flight = None
-                if self.request is not None and self.request.is_open:
-                    self.request.answered_ns = when_ns
+                sender.flight = sender.last_acked = None
+                self._abandoned(when_ns)
 
     def _acknowledged(self, side: int, packet: Packet, when_ns: int) -> None:
         request = self.request
@@ -220,6 +223,7 @@ class Doctor:
     def _resumed(self, when_ns: int) -> None:
         if self.request is not None:
             self.request.answered_ns = when_ns
+        self.unanswered_run = 0
         self.state, self.stop = RUNNING, None
         self.break_in_ns = self.break_ins_waiting = 0
 
@@ -255,7 +259,15 @@ class Doctor:
         elif packet.type == k.DEBUG_IO and self.state == UNKNOWN:
             self.state = RUNNING
 
+    def _abandoned(self, when_ns: int) -> None:
+        """The debugger does not wait any longer for the answer to its last request."""
+        request = self.request
+        if request is not None and request.is_open:
+            self.unanswered_run += request.acked_ns > 0
+            request.answered_ns = when_ns
+
     def _requested(self, packet: Packet, message: Message, when_ns: int) -> None:
+        self._abandoned(when_ns)
         self.requests += 1
         self.requests_since_stop += 1
         self.request = Request(packet, message.code, when_ns)
@@ -265,6 +277,7 @@ class Doctor:
         request = self.request
         if request is not None and request.is_open and request.api == api:
             request.answered_ns = when_ns
+            self.unanswered_run = 0
             self.round_trip_ns.append(when_ns - request.sent_ns)
 
     def _stopped(self, packet: Packet, message: Message, when_ns: int) -> None:
