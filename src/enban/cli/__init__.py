@@ -29,6 +29,7 @@ VERBS = {
     "commit": "Write the data of an image into its backing file",
     "serve": "Serve disks over NBD",
     "serial bridge": "Join a guest's serial line with those who debug it",
+    "serial doctor": "Say why a kernel-debugging session stands still",
     "serial list": "List the serial ports of this machine",
 }
 # Verbs that may leave something half-made if they are killed: they clean up on SIGTERM too.
