@@ -32,6 +32,7 @@ VERBS = {
     "stream": "Copy into an image what it shows of its backing files",
     "serve": "Serve disks over NBD",
     "serial bridge": "Join a guest's serial line with those who debug it",
+    "serial doctor": "Say why a kernel-debugging session stands still",
     "serial list": "List the serial ports of this machine",
     "torture": "Find out whether disks keep their promises in crashes and failures",
     "cdrom": "List CD-ROM drives, show, read and eject discs",

@@ -121,7 +121,6 @@ VERB = Verb(
             "0 for never (50)",
             value="US",
         ),
-        common.UNTRUSTED,
         common.QUIET,
         common.HELP,
     ),

@@ -29,7 +29,7 @@ VERB = Verb(
     "serial list",
     "List the serial ports of this machine, without touching them.",
     "serial list [flags]",
-    (common.OUTPUT, common.UNTRUSTED, common.QUIET, common.HELP),
+    (common.OUTPUT, common.QUIET, common.HELP),
     run,
     operands=(0, 0),
     examples=(
