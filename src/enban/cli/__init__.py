@@ -28,6 +28,8 @@ VERBS = {
     "snapshot": "List, create, apply and delete the snapshots inside an image",
     "commit": "Write the data of an image into its backing file",
     "serve": "Serve disks over NBD",
+    "run": "Run a guest on QEMU, on our disks",
+    "ctl": "Speak to a guest that runs",
     "serial bridge": "Join a guest's serial line with those who debug it",
     "serial list": "List the serial ports of this machine",
     "torture": "Find out whether disks keep their promises in crashes and failures",

@@ -35,13 +35,17 @@ class Flag:
 
 
 class Arguments:
-    """A parsed command line. Flags are asked for by the first of their names."""
+    """A parsed command line. Flags are asked for by the first of their names.
 
-    __slots__ = ("operands", "values", "verb")
+    operands: the words that are no flags; those after `--`, which are among them, again in `tail`.
+    """
+
+    __slots__ = ("operands", "tail", "values", "verb")
 
     def __init__(self, verb: str) -> None:
         self.verb = verb
         self.operands: list[str] = []
+        self.tail: list[str] = []
         self.values: dict[str, list[str]] = {}
 
     def on(self, name: str) -> bool:
@@ -60,10 +64,10 @@ class Verb:
     """One verb: its name, what it does, how it is called, its flags and the code behind it.
 
     operands: (least, most) number of words that are not flags; most -1 for any number.
-    examples: (what it is for, command line without `enban`).
+    examples: (what it is for, command line without `enban`). words: (words that may follow, what they do).
     """
 
-    __slots__ = ("examples", "flags", "name", "notes", "operands", "run", "summary", "usage")
+    __slots__ = ("examples", "flags", "name", "notes", "operands", "run", "summary", "usage", "words")
 
     def __init__(
         self,
@@ -76,6 +80,7 @@ class Verb:
         operands: tuple[int, int],
         examples: Sequence[tuple[str, str]],
         notes: str = "",
+        words: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.name = name
         self.summary = summary
@@ -85,6 +90,7 @@ class Verb:
         self.operands = operands
         self.examples = examples
         self.notes = notes
+        self.words = words
 
 
 def parse(verb: Verb, words: Sequence[str]) -> Arguments:
@@ -95,7 +101,8 @@ def parse(verb: Verb, words: Sequence[str]) -> Arguments:
     while rest:
         word = rest.pop()
         if word == "--":
-            found.operands.extend(reversed(rest))
+            found.tail = rest[::-1]
+            found.operands += found.tail
             break
         if len(word) < 2 or word[0] != "-" or word[1].isdigit():
             found.operands.append(word)
@@ -157,6 +164,8 @@ def help_text(verb: Verb) -> str:
     lines = [f"usage: enban {verb.usage}", "", *wrapped(verb.summary, 0), ""]
     if verb.notes:
         lines += [*wrapped(verb.notes, 0), ""]
+    if verb.words:
+        lines += [*table(verb.words), ""]
     rows = [
         (", ".join(f"{name} {flag.value}".rstrip() for name in flag.names), flag.text) for flag in verb.flags
     ]
