@@ -31,6 +31,8 @@ VERBS = {
     "commit": "Write the data of an image into its backing file",
     "stream": "Copy into an image what it shows of its backing files",
     "serve": "Serve disks over NBD",
+    "run": "Run a guest on QEMU, on our disks",
+    "ctl": "Speak to a guest that runs",
     "serial bridge": "Join a guest's serial line with those who debug it",
     "serial doctor": "Say why a kernel-debugging session stands still",
     "serial list": "List the serial ports of this machine",

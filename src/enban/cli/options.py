@@ -35,14 +35,18 @@ class Flag:
 
 
 class Arguments:
-    """A parsed command line. Flags are asked for by the first of their names; `order` is how they came."""
+    """A parsed command line. Flags are asked for by the first of their names; `order` is how they came.
 
-    __slots__ = ("operands", "order", "values", "verb")
+    operands: the words that are no flags; those after `--`, which are among them, again in `tail`.
+    """
+
+    __slots__ = ("operands", "order", "tail", "values", "verb")
 
     def __init__(self, verb: str) -> None:
         self.verb = verb
         self.operands: list[str] = []
         self.order: list[str] = []
+        self.tail: list[str] = []
         self.values: dict[str, list[str]] = {}
 
     def on(self, name: str) -> bool:
@@ -61,10 +65,10 @@ class Verb:
     """One verb: its name, what it does, how it is called, its flags and the code behind it.
 
     operands: (least, most) number of words that are not flags; most -1 for any number.
-    examples: (what it is for, command line without `enban`).
+    examples: (what it is for, command line without `enban`). words: (words that may follow, what they do).
     """
 
-    __slots__ = ("examples", "flags", "name", "notes", "operands", "run", "summary", "usage")
+    __slots__ = ("examples", "flags", "name", "notes", "operands", "run", "summary", "usage", "words")
 
     def __init__(
         self,
@@ -77,6 +81,7 @@ class Verb:
         operands: tuple[int, int],
         examples: Sequence[tuple[str, str]],
         notes: str = "",
+        words: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.name = name
         self.summary = summary
@@ -86,6 +91,7 @@ class Verb:
         self.operands = operands
         self.examples = examples
         self.notes = notes
+        self.words = words
 
 
 def parse(verb: Verb, words: Sequence[str]) -> Arguments:
@@ -96,7 +102,8 @@ def parse(verb: Verb, words: Sequence[str]) -> Arguments:
     while rest:
         word = rest.pop()
         if word == "--":
-            found.operands.extend(reversed(rest))
+            found.tail = rest[::-1]
+            found.operands += found.tail
             break
         if len(word) < 2 or word[0] != "-" or word[1].isdigit():
             found.operands.append(word)
@@ -159,6 +166,8 @@ def help_text(verb: Verb) -> str:
     lines = [f"usage: enban {verb.usage}", "", *wrapped(verb.summary, 0), ""]
     if verb.notes:
         lines += [*wrapped(verb.notes, 0), ""]
+    if verb.words:
+        lines += [*table(verb.words), ""]
     rows = [
         (", ".join(f"{name} {flag.value}".rstrip() for name in flag.names), flag.text) for flag in verb.flags
     ]

@@ -1,0 +1,107 @@
+"""QEMU's command line for a machine.
+
+Everything a saved state depends on (which devices there are, and where) follows from `Settings` alone and
+does not depend on the display, so a state saved without one can be loaded with one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from .disks import Disks, GuestDisk
+from .settings import CONSOLE, Settings
+
+MEBI = 1 << 20
+# Slots of the PIIX IDE controller; the CD-ROM drive has bus 1, unit 0.
+_IDE = (("ide.0", 0), ("ide.0", 1), ("ide.1", 1))
+_CDROM = "bus=ide.1,unit=0"
+DRIVE = "cdrom"
+
+
+def command_line(
+    settings: Settings,
+    disks: Disks,
+    *,
+    name: str,
+    program: str,
+    accel: str,
+    monitor: str,
+    console: str,
+    vnc: str,
+    serial: Sequence[str | list[str]],
+    incoming: bool,
+) -> list[str]:
+    """The words of the command. monitor, console, vnc: paths of sockets. serial: the
+    serial lines, each QEMU's word or its arguments. incoming: wait for a state."""
+    words = [program, "-no-user-config", "-nodefaults", "-S"]
+    words += ["-name", f"guest={name}"]
+    words += ["-machine", settings.machine, "-accel", accel, "-cpu", "host" if accel == "kvm" else "max"]
+    words += ["-m", f"{-(-settings.memory // MEBI)}M", "-smp", str(settings.cpus), "-rtc", "base=utc"]
+    words += ["-chardev", f"socket,id=monitor,path={_path(monitor)}", "-mon", "chardev=monitor,mode=control"]
+    words += ["-vga", "std"]
+    if settings.display == "vnc":
+        words += ["-display", "none", "-vnc", f"unix:{_path(vnc)}"]
+    else:
+        words += ["-display", settings.display]
+    if settings.layout and settings.display == "gtk":
+        words += ["-k", settings.layout]
+    words += _serial(serial, console)
+    words += _disks(disks, settings)
+    if settings.kernel:
+        words += ["-kernel", settings.kernel]
+        if settings.initrd:
+            words += ["-initrd", settings.initrd]
+        if settings.append:
+            words += ["-append", settings.append]
+    if incoming:
+        words += ["-incoming", "defer"]
+    return [*words, *settings.extra]
+
+
+def _path(path: str) -> str:
+    """A path as a value among QEMU's comma-separated options."""
+    return path.replace(",", ",,")
+
+
+def _serial(ports: Sequence[str | list[str]], console: str) -> list[str]:
+    words: list[str] = []
+    for port in ports:
+        if port == CONSOLE:
+            words += ["-chardev", f"socket,id=console,path={_path(console)}", "-serial", "chardev:console"]
+        elif isinstance(port, str):
+            words += ["-serial", port]
+        else:
+            words += port
+    return words
+
+
+def _disks(disks: Disks, settings: Settings) -> list[str]:
+    words: list[str] = []
+    if any(one.bus == "sata" for one in disks.disks):
+        words += ["-device", "ahci,id=sata"]
+    used = {"ide": 0, "sata": 0}
+    first = 2 if settings.boot == "d" else 1
+    for number, one in enumerate(disks.disks):
+        words += block_nodes(one, disks.socket)
+        common = f"drive={one.id},id={one.id}-device,bootindex={number + first},serial=enban-{one.id}"
+        if one.bus == "virtio":
+            words += ["-device", f"virtio-blk-pci,{common}"]
+            continue
+        place = used[one.bus]
+        used[one.bus] += 1
+        if one.bus == "ide":
+            bus, unit = _IDE[place]
+            words += ["-device", f"ide-hd,bus={bus},unit={unit},{common}"]
+        else:
+            words += ["-device", f"ide-hd,bus=sata.{place},{common}"]
+    last = 1 if settings.boot == "d" else len(disks.disks) + 1
+    device = f"ide-cd,id={DRIVE},{_CDROM},bootindex={last}"
+    if disks.cdrom is not None:
+        words += block_nodes(disks.cdrom, disks.socket)
+        device += f",drive={disks.cdrom.id}"
+    return [*words, "-device", device]
+
+
+def block_nodes(one: GuestDisk, socket: str) -> list[str]:
+    return ["-blockdev", json.dumps(one.next_node(socket)), "-blockdev", json.dumps(one.format_node())]

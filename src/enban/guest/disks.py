@@ -1,0 +1,192 @@
+"""The guest's disks: opened by our engine, served to QEMU on a private NBD socket.
+
+    guest -> QEMU's device -> raw node `disk0` -> nbd node `disk0-1` -> socket -> ServedExport -> Door
+
+The raw node stays for the life of the device; the NBD node below it is exchanged when the size changes,
+because NBD tells a client the size once, when it connects.
+
+A guest's flush is our flush: it is answered when the bytes are durable. So neither QEMU nor this process may
+die at a moment when something flushed is lost. What was written but not flushed is in the engine of this
+process, and is written out if it ends in order.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import enban
+
+from ..block.disk import Disk
+from ..errors import EnbanError, UsageError
+from ..exports.nbd import sockets
+from ..exports.nbd.export import ServedExport
+from ..exports.nbd.server import Server
+from .settings import DiskSettings, Settings
+
+CDROM = "cdrom"
+
+
+class GuestDisk:
+    """One disk of the machine.
+
+    id: "disk0", ...; the name of its export and of QEMU's node. bus: "" for what lies in the CD-ROM drive.
+    nodes: how many NBD nodes QEMU has had for it.
+    """
+
+    def __init__(self, id: str, disk: Disk, bus: str, *, snapshot: bool = False) -> None:
+        self.id = id
+        self.disk = disk
+        self.bus = bus
+        self.snapshot = snapshot
+        self.export = ServedExport(disk.door, id, description=os.path.basename(disk.name))
+        self.nodes = 0
+
+    @property
+    def name(self) -> str:
+        return self.disk.name
+
+    @property
+    def writable(self) -> bool:
+        return self.disk.writable
+
+    @property
+    def keeps_snapshots(self) -> bool:
+        return self.disk.format == "qcow2"
+
+    def resized(self) -> None:
+        """The next client is told the size that the disk has now."""
+        self.export.size = self.disk.size
+
+    def next_node(self, socket: str) -> dict[str, Any]:
+        """A QEMU block node that connects to the export anew."""
+        self.nodes += 1
+        return {
+            "driver": "nbd",
+            "node-name": self.node,
+            "server": {"type": "unix", "path": socket},
+            "export": self.id,
+            "discard": "unmap",
+            "read-only": not self.writable,
+        }
+
+    @property
+    def node(self) -> str:
+        """The NBD node that serves it now."""
+        return f"{self.id}-{self.nodes}"
+
+    def format_node(self) -> dict[str, Any]:
+        """The QEMU block node that the device holds."""
+        return {
+            "driver": "raw",
+            "node-name": self.id,
+            "file": self.node,
+            "discard": "unmap",
+            "read-only": not self.writable,
+        }
+
+
+class Disks:
+    """All disks of a machine and the server behind them.
+
+    socket: path of the server's unix socket. log: gets the server's lines.
+    """
+
+    def __init__(self, socket: str, log: Callable[[str], None]) -> None:
+        self.socket = socket
+        self.disks: list[GuestDisk] = []
+        self.cdrom: GuestDisk | None = None
+        self._discs = 0
+        self._log = log
+        self._server: Server | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, settings: Settings) -> None:
+        """Open every disk and serve them. What was opened is closed again if one cannot be."""
+        try:
+            for number, one in enumerate(settings.disk_list()):
+                self.disks.append(_open(f"disk{number}", one, settings))
+            if settings.cdrom:
+                self.cdrom = self.open_disc(settings.cdrom, settings)
+            exports = [one.export for one in self._all()]
+            self._server = Server(exports, [sockets.listen_unix(self.socket)], log=self._log)
+        except BaseException:
+            self.close()
+            raise
+        self._thread = threading.Thread(target=self._server.run, name="guest-disks", daemon=True)
+        self._thread.start()
+
+    def _all(self) -> list[GuestDisk]:
+        return [*self.disks, *([self.cdrom] if self.cdrom is not None else [])]
+
+    def open_disc(self, path: str, settings: Settings) -> GuestDisk:
+        """A disc for the CD-ROM drive: an image, or the host's drive. Not served yet."""
+        self._discs += 1
+        disk = enban.open(path, format="raw", gate=settings.gate)
+        return GuestDisk(f"{CDROM}{self._discs}", disk, "")
+
+    def change_disc(self, disc: GuestDisk | None) -> None:
+        """Serve another disc, or none; the one before is closed. QEMU must have let go of it."""
+        assert self._server is not None
+        before, self.cdrom = self.cdrom, disc
+        if disc is not None:
+            self._server.exports[disc.id] = disc.export
+        if before is not None:
+            self._server.exports.pop(before.id, None)
+            before.disk.close()
+
+    def serve_disc(self, disc: GuestDisk) -> None:
+        """Let QEMU reach a disc that is about to be inserted."""
+        assert self._server is not None
+        self._server.exports[disc.id] = disc.export
+
+    def find(self, word: str) -> GuestDisk:
+        """A disk by its id, its number or its file's name. Raises UsageError."""
+        for one in self.disks:
+            if word in (one.id, one.id.removeprefix("disk"), one.name, os.path.basename(one.name)):
+                return one
+        known = ", ".join(f"{one.id} ({one.name})" for one in self.disks) or "none"
+        raise UsageError(f"the machine has no disk '{word}'", hint=f"its disks: {known}")
+
+    def close(self) -> None:
+        """Answer what QEMU has sent, end the server, flush and close every disk.
+
+        Raises the first error met, after everything is closed.
+        """
+        if self._server is not None and self._thread is not None:
+            self._server.stop()
+            self._thread.join()
+            self._server = None
+            try:
+                os.unlink(self.socket)
+            except FileNotFoundError:
+                pass
+        first: EnbanError | None = None
+        for one in self._all():
+            try:
+                one.disk.close()
+            except EnbanError as error:
+                first = first or error
+        self.disks, self.cdrom = [], None
+        if first is not None:
+            raise first
+
+
+def _open(id: str, wanted: DiskSettings, settings: Settings) -> GuestDisk:
+    snapshot = settings.snapshot and not wanted.read_only
+    disk = enban.open(
+        wanted.reference,
+        format=wanted.format,
+        writable=not wanted.read_only,
+        cache=settings.cache,
+        gate=settings.gate,
+        snapshot=snapshot,
+        snapshot_dir=settings.snapshot_dir,
+    )
+    try:
+        return GuestDisk(id, disk, wanted.bus, snapshot=snapshot)
+    except BaseException:
+        disk.close()
+        raise

@@ -1,0 +1,144 @@
+"""What is done to the disks, the CD-ROM drive, the keyboard and the screen of a machine that runs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING
+
+import enban
+
+from ..errors import PeerError, UnsupportedOperationError, UsageError, from_oserror
+from .command import DRIVE
+from .settings import LAYOUT
+
+if TYPE_CHECKING:
+    from .disks import GuestDisk
+    from .machine import Machine
+
+SECTOR = 512
+BACKUP = "enban-backup"
+
+
+async def resize(machine: Machine, one: GuestDisk, size: int) -> None:
+    """Change the size of a disk and tell the guest.
+
+    NBD tells a client the size when it connects and never again (QEMU 7.2 says "Cannot grow NBD nodes"). So
+    QEMU connects once more, the raw node under the device is reopened on the new connection, and then
+    `block_resize` only has to tell the device. A virtio guest sees the change at once; on IDE and SATA it
+    looks when it starts.
+    """
+    if size <= 0 or size % SECTOR:
+        raise UsageError(f"a guest's disk has whole sectors of {SECTOR} bytes", hint=f"{size} bytes are none")
+    if not one.writable:
+        raise UsageError("the disk is read-only", path=one.name)
+    if size < one.disk.size:
+        # Requests of the guest beyond the new end would fail one by one; it must give that space up first.
+        raise UsageError(
+            "a disk cannot shrink while the guest runs",
+            path=one.name,
+            hint="shut it down and use enban resize",
+        )
+    await asyncio.to_thread(one.disk.resize, size)
+    one.resized()
+    before = one.node
+    await machine.execute("blockdev-add", one.next_node(machine.disk_set.socket))
+    await machine.execute("blockdev-reopen", {"options": [one.format_node()]})
+    await machine.execute("block_resize", {"node-name": one.id, "size": size})
+    await machine.execute("blockdev-del", {"node-name": before})
+
+
+async def backup(one: GuestDisk, target: str) -> None:
+    """A copy of the disk as it is now: an internal snapshot holds it still while it is copied."""
+    if not one.keeps_snapshots or one.snapshot:
+        raise UnsupportedOperationError(
+            "only a qcow2 disk in use itself can be copied while the guest runs", path=one.name
+        )
+    entry = await asyncio.to_thread(one.disk.create_snapshot, BACKUP)
+    try:
+        await asyncio.to_thread(
+            enban.convert,
+            one.name,
+            target,
+            source_format="qcow2",
+            target_format="qcow2",
+            snapshot=entry.id,
+            force_share=True,
+        )
+    finally:
+        await asyncio.to_thread(one.disk.delete_snapshot, entry.id)
+
+
+async def insert_cdrom(machine: Machine, path: str) -> None:
+    disks = machine.disk_set
+    disc = await asyncio.to_thread(disks.open_disc, path, machine.settings)
+    try:
+        await eject_cdrom(machine)
+        disks.serve_disc(disc)
+        await machine.execute("blockdev-add", disc.next_node(disks.socket))
+        await machine.execute("blockdev-add", disc.format_node())
+        await machine.execute("blockdev-insert-medium", {"id": DRIVE, "node-name": disc.id})
+        await machine.execute("blockdev-close-tray", {"id": DRIVE})
+    except BaseException:
+        await asyncio.to_thread(disc.disk.close)
+        raise
+    await asyncio.to_thread(disks.change_disc, disc)
+
+
+async def eject_cdrom(machine: Machine) -> None:
+    """Open the tray whatever the guest says, take the disc out and let go of its image."""
+    disks = machine.disk_set
+    await machine.execute("blockdev-open-tray", {"id": DRIVE, "force": True})
+    disc = disks.cdrom
+    if disc is None:
+        return
+    await machine.execute("blockdev-remove-medium", {"id": DRIVE})
+    await machine.execute("blockdev-del", {"node-name": disc.id})
+    await machine.execute("blockdev-del", {"node-name": disc.node})
+    await asyncio.to_thread(disks.change_disc, None)
+
+
+async def type_text(machine: Machine, text: str) -> None:
+    from .keyboard import send_strokes, text_strokes
+
+    await send_strokes(machine, text_strokes(text, machine.settings.layout or LAYOUT))
+
+
+async def press(machine: Machine, chord: str) -> None:
+    from .keyboard import chord_strokes, send_strokes
+
+    await send_strokes(machine, chord_strokes(chord))
+
+
+async def screenshot(machine: Machine, path: str) -> None:
+    """QEMU writes into the machine's own folder; the file appears at `path` whole."""
+    if machine.place is None:
+        raise UsageError("the machine does not run")
+    made = machine.place.file("screen.png")
+    try:
+        await machine.execute("screendump", {"filename": made, "format": "png"})
+        await asyncio.to_thread(_move, made, path)
+    finally:
+        try:
+            os.unlink(made)
+        except FileNotFoundError:
+            pass
+
+
+def _move(made: str, path: str) -> None:
+    partial = f"{path}.{os.getpid()}.part"
+    try:
+        with open(made, "rb") as source, open(partial, "wb") as target:
+            data = source.read()
+            if not data.startswith(b"\x89PNG"):
+                raise PeerError("QEMU's screenshot is no PNG file")
+            target.write(data)
+            target.flush()
+            os.fsync(target.fileno())
+        os.rename(partial, path)
+    except OSError as error:
+        try:
+            os.unlink(partial)
+        except OSError:
+            pass
+        raise from_oserror(error, "write the screenshot", path) from error
