@@ -21,7 +21,7 @@ from enban.filters.writelog import WriteLog
 
 from .crash_states import Replay
 from .images import Image, Medium
-from .oracle import CORRUPT, ENGINE, Oracle, Violation
+from .oracle import CORRUPT, ENGINE, LEAK, Oracle, Violation
 from .qcow2_reader import Memo
 from .workload import Operation, fits, operations, run_until_error
 
@@ -101,6 +101,12 @@ def record(
     log.mark(("close", None))
     faulty.decide = None
     disk.close()
+    if not failures:
+        assert isinstance(log.below, Medium)
+        report = image.view(log.below.content).check()
+        if not report.clean:
+            text = f"{image}: closed, and: {report.corruptions[:4]}, leaked clusters {report.leaks[:8]}"
+            raise Violation(CORRUPT if report.corruptions else LEAK, text, image=log.below.content)
     return Recording(image, start, guest, log.entries, failures, kept)
 
 
@@ -189,9 +195,10 @@ class Explorer:
                 self.tally.reopened += 1
                 reopen(self.image, state, self.tally.states, what)
         except Violation as violation:
-            violation.image = state
             if self.stop:
-                raise
+                text = str(violation)
+                text = text if text.startswith(what) else f"{what}: {text}"
+                raise Violation(violation.kind, text, image=state) from violation
             if violation.kind == CORRUPT:
                 self.tally.corrupt += 1
             elif violation.kind == ENGINE:
@@ -199,18 +206,15 @@ class Explorer:
 
     def _check(self, oracle: Oracle, state: bytearray, what: str) -> None:
         tally = self.tally
-        try:
-            view = self.image.view(state, memo=self.memo)
-            report = view.check()
-            if report.corruptions:
-                raise Violation(CORRUPT, f"{what}: {'; '.join(report.corruptions[:4])}")
-            if report.leaks:
-                tally.leaking += 1
-            else:
-                tally.clean += 1
-            content = view.read()
-        except (ValueError, IndexError, KeyError, OSError) as error:
-            raise Violation(CORRUPT, f"{what}: cannot be read: {error}") from error
+        view = self.image.view(state, memo=self.memo)
+        report = view.check()
+        if report.corruptions:
+            raise Violation(CORRUPT, f"{what}: {'; '.join(report.corruptions[:4])}")
+        if report.leaks:
+            tally.leaking += 1
+        else:
+            tally.clean += 1
+        content = view.read()
         if not self.stop:
             lost, foreign = oracle.wrong_sectors(content)
             tally.lost += bool(lost)

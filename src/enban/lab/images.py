@@ -15,6 +15,7 @@ from enban.formats.qcow2.opening import open_qcow2
 from enban.formats.raw import RawNode
 from enban.storage.memory import MemoryStorage
 
+from .oracle import CORRUPT, Violation
 from .qcow2_reader import Memo, Qcow2Reader, Report
 from .qcow_reader import QcowReader
 
@@ -123,7 +124,8 @@ class Image:
         *,
         memo: Memo | None = None,
     ) -> View:
-        """The image through the independent reader of its format. Raises ValueError where it cannot be."""
+        """The image through the independent reader of its format. Raises Violation, here and in what
+        the view does, where it cannot be read."""
         return View(self, image, data, memo)
 
 
@@ -136,12 +138,17 @@ class View:
         self._image = image
         self._content = content
         self._reader: Qcow2Reader | QcowReader | None = None
-        if image.format == "qcow2":
-            self._reader = Qcow2Reader(content, data_file=data, memo=memo)
-        elif image.format == "qcow":
-            self._reader = QcowReader(content)
+        with _Readable(content):
+            if image.format == "qcow2":
+                self._reader = Qcow2Reader(content, data_file=data, memo=memo)
+            elif image.format == "qcow":
+                self._reader = QcowReader(content)
 
     def check(self) -> Report:
+        with _Readable(self._content):
+            return self._check()
+
+    def _check(self) -> Report:
         if isinstance(self._reader, Qcow2Reader):
             return self._reader.check()
         if isinstance(self._reader, QcowReader):
@@ -151,16 +158,33 @@ class View:
     def read(self) -> bytes:
         if self._reader is None:
             return bytes(self._content)
-        return self._reader.read(backing=self._image.backing)
+        with _Readable(self._content):
+            return self._reader.read(backing=self._image.backing)
 
     def snapshots(self) -> dict[str, bytes]:
         """What each internal snapshot shows."""
         if not isinstance(self._reader, Qcow2Reader):
             return {}
-        return {
-            shot.name: self._reader.read(backing=self._image.backing, snapshot=shot.name)
-            for shot in self._reader.snapshots
-        }
+        with _Readable(self._content):
+            return {
+                shot.name: self._reader.read(backing=self._image.backing, snapshot=shot.name)
+                for shot in self._reader.snapshots
+            }
+
+
+class _Readable:
+    """What the readers stumble over (they are plain, and trust what they read) is damage of the image."""
+
+    def __init__(self, content: bytes | bytearray) -> None:
+        self.content = content
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, Violation):
+            what = f"cannot be read: {type(error).__name__}: {error}"
+            raise Violation(CORRUPT, what, image=self.content) from error
 
 
 # The kinds the tests of qcow2 have always used, then those of the other formats.

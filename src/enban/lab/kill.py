@@ -44,33 +44,28 @@ KINDS = (
 THREADS = 3
 KILLS_A_LIFE = 8  # of an image, before a new one is made
 START_S = 20.0
+OURS = [sys.executable, "-m", "enban", "serve", "-q", "-f", "{format}", "-k", "{socket}", "{image}"]
 
 
 class Server:
-    """A process that serves one image on a unix socket. command: with {socket} and {image} in it; "" is
-    our own `serve`. Raises Violation if it does not come up."""
+    """A process that serves one image on a unix socket. command: with {socket}, {image} and perhaps
+    {format} in it; "" is our own `serve`. Raises Violation if it does not come up."""
 
     def __init__(self, image: Path, socket: Path, format: str, command: str = "") -> None:
         socket.unlink(missing_ok=True)
         self.socket = socket
-        if command:
-            words = [word.format(socket=socket, image=image) for word in shlex.split(command)]
-        else:
-            words = [
-                sys.executable,
-                "-m",
-                "enban",
-                "serve",
-                "-q",
-                "-f",
-                format,
-                "-k",
-                str(socket),
-                str(image),
-            ]
+        wanted = shlex.split(command) if command else OURS
+        words = [word.format(socket=socket, image=image, format=format) for word in wanted]
+        # The server is to run the code that is being tested, wherever this process has it from.
+        paths = [str(Path(enban.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         try:
             self.process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env=environment,
             )
         except OSError as error:
             raise UsageError(f"the server cannot be started: {error}") from None

@@ -17,7 +17,7 @@ from .fulldisk import Place, fill
 from .images import ALL, EXTERNAL, Image
 from .oracle import Violation
 from .shrink import shrink
-from .storm import CROWDED, explore_crowd, storm
+from .storm import CROWDED, ambush, explore_crowd, storm
 from .storm import KINDS as STORM_KINDS
 from .workload import Operation, operations
 
@@ -189,5 +189,8 @@ class StormPart(Part):
         self.count("requests", storm(image, seed))
         self.count("storms")
         self.beat()
+        if not image.external:
+            self.count("requests", ambush(image, seed))
+            self.beat()
         if image in CROWDED:
             self.count("crash states", explore_crowd(image, seed, tick=self.beat))

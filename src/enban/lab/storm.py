@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from enban.aio import AsyncDisk, AsyncioRuntime
 from enban.errors import EnbanError
 from enban.filters import writelog
+from enban.filters.base import Filter
 from enban.filters.delay import Delay
 from enban.filters.writelog import WriteLog
 from enban.formats.qcow2.node import Qcow2Node
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from enban.block.door import Door
+    from enban.block.storage import ReadBuffer, Storage, WriteBuffer
 
 KINDS = (*IMAGES, EXTERNAL, *(image for image in OTHERS if image.name in ("raw", "qcow-4k-chain", "1k-v2")))
+SIZE = 128 * KIB
 STUCK_S = 30.0  # a storm that is not over by then hangs
 
 
@@ -89,16 +92,35 @@ async def request(storm: Storm, disk: AsyncDisk, operation: str, offset: int, le
             history.end(event, certain=certain)
 
 
+async def _stream(storm: Storm, disk: AsyncDisk, requests: int, cancel: float) -> None:
+    """A client that sends one request after the other."""
+    for _ in range(requests):
+        task = asyncio.create_task(request(storm, disk, *storm.draw()))
+        if storm.random.random() < cancel:
+            asyncio.get_running_loop().call_later(storm.random.random() ** 2 * 0.002, task.cancel)
+        try:
+            await task
+        except asyncio.CancelledError:
+            if not task.cancelled():
+                raise  # it is we who were cancelled
+
+
 async def _waves(
-    storm: Storm, disk: AsyncDisk, *, waves: int, tasks: int, cancel: float, window_s: float
+    storm: Storm, disk: AsyncDisk, *, waves: int, tasks: int, cancel: float, window_s: float, streams: int = 0
 ) -> None:
-    """Within a wave all run at once, and a part of them is cancelled at random moments."""
+    """Within a wave all run at once, and a part of them is cancelled at random moments. Then, with
+    `streams`, so many clients do as much one request after the other: barriers come and go meanwhile."""
     loop = asyncio.get_running_loop()
-    for _ in range(waves):
-        running = [asyncio.create_task(request(storm, disk, *storm.draw())) for _ in range(tasks)]
-        for task in running:
-            if storm.random.random() < cancel:
-                loop.call_later(storm.random.random() ** 2 * window_s, task.cancel)
+    for wave in range(waves):
+        if streams and wave % 2:
+            running = [
+                asyncio.create_task(_stream(storm, disk, tasks // streams, cancel)) for _ in range(streams)
+            ]
+        else:
+            running = [asyncio.create_task(request(storm, disk, *storm.draw())) for _ in range(tasks)]
+            for task in running:
+                if storm.random.random() < cancel:
+                    loop.call_later(storm.random.random() ** 2 * window_s, task.cancel)
         done, stuck = await asyncio.wait(running, timeout=STUCK_S)
         if stuck:
             for task in stuck:
@@ -114,20 +136,24 @@ async def _waves(
             raise Violation(ENGINE, "something of a request that has ended is left") from error
 
 
+def _weather(medium: Medium, seed: int) -> Delay:
+    """Calls take a random time; some reads and writes are overtaken by flushes."""
+    return Delay(Delay(medium, seed, most_s=0.02, share=0.02), seed + 2, most_s=0.0005, share=0.2)
+
+
 def storm(image: Image, seed: int, *, waves: int = 4, tasks: int = 250) -> int:
     """One storm on an image in memory. Returns how many requests there were. Raises Violation."""
-    size = image.size // CELL * CELL
-    initial = image.shown()[:size]
+    image = Image(image.name, SIZE, format=image.format, backing=image.backing, **image.options)
+    size, initial = SIZE, image.shown()
     weather = Storm(seed, size, initial)
 
     async def scenario() -> None:
         runtime = AsyncioRuntime(threads=2)
         medium = Medium(runtime, image.empty())
         data = Medium(runtime) if image.external else None
-        slow = Delay(data, seed + 1, most_s=0.0005, share=0.2) if data is not None else None
-        door = await image.open(Delay(medium, seed, most_s=0.0005, share=0.2), slow)
+        door = await image.open(_weather(medium, seed), _weather(data, seed + 1) if data else None)
         disk = AsyncDisk(door, runtime)
-        await _waves(weather, disk, waves=waves, tasks=tasks, cancel=0.25, window_s=0.05)
+        await _waves(weather, disk, waves=waves, tasks=tasks, cancel=0.25, window_s=0.05, streams=25)
         content = await disk.pread(size, 0)
         try:
             weather.history.check(content, weather.reads)
@@ -149,6 +175,103 @@ def storm(image: Image, seed: int, *, waves: int = 4, tasks: int = 250) -> int:
     except EnbanError as error:
         raise Violation(ENGINE, f"{image}, seed {seed}: {error}") from error
     return waves * tasks
+
+
+# -- ambush ----------------------------------------------------------------------------------
+
+
+class Hold(Filter):
+    """Holds back one read or write until it is let go; all other calls pass."""
+
+    def __init__(self, below: Storage) -> None:
+        super().__init__(below)
+        self._armed = False
+        self._free = asyncio.Event()
+
+    def arm(self) -> None:
+        """The next read or write is held."""
+        self._armed = True
+        self._free.clear()
+
+    def release(self) -> None:
+        self._armed = False
+        self._free.set()
+
+    async def _pass(self) -> None:
+        if self._armed:
+            self._armed = False
+            await self._free.wait()
+
+    def read_now(self, buffer: WriteBuffer, offset: int) -> bool:
+        return False
+
+    async def read_into(self, buffer: WriteBuffer, offset: int) -> None:
+        await self._pass()
+        await self.below.read_into(buffer, offset)
+
+    async def write(self, buffer: ReadBuffer, offset: int) -> None:
+        await self._pass()
+        await self.below.write(buffer, offset)
+
+
+def ambush(image: Image, seed: int, *, rounds: int = 20) -> int:
+    """One request is held at the storage while others take its ground away: they discard or zero its
+    range, flush, and write elsewhere, so that what it was about to touch might be given to them.
+    Returns how many requests there were. Raises Violation."""
+    size = image.size // CELL * CELL
+    weather = Storm(seed, size, image.shown()[:size])
+    random = weather.random
+    requests = 0
+
+    async def scenario() -> None:
+        nonlocal requests
+        runtime = AsyncioRuntime(threads=1)
+        hold = Hold(Medium(runtime, image.empty()))
+        disk = AsyncDisk(await image.open(hold), runtime)
+
+        def start(kind: str, offset: int, length: int) -> asyncio.Task[None]:
+            nonlocal requests
+            requests += 1
+            return asyncio.create_task(request(weather, disk, kind, offset, min(length, size - offset)))
+
+        def place() -> int:
+            return random.randrange(size // CELL) * CELL
+
+        for _ in range(rounds):
+            offset, length = place(), random.choice((CELL, 512, 2048))
+            await start("write", offset, length)
+            hold.arm()
+            tasks = [start(random.choice(("read", "read", "write")), offset, length)]
+            await asyncio.sleep(0)
+            others = [(random.choice(("discard", "zero")), offset // image.cluster * image.cluster, 8192)]
+            others += [("flush", 0, 0)]
+            others += [("write", place(), random.choice((512, 4096))) for _ in range(4)]
+            others += [("flush", 0, 0), ("read", 0, size)]
+            for kind, at, span in others:
+                tasks.append(start(kind, at, span))
+                await asyncio.wait(tasks[-1:], timeout=0.002)  # it may have to wait for the one that is held
+            hold.release()
+            done, stuck = await asyncio.wait(tasks, timeout=STUCK_S)
+            for task in done:
+                if task.exception() is not None:
+                    raise Violation(ENGINE, f"a request failed: {task.exception()}")
+            if stuck:
+                for task in stuck:
+                    task.cancel()
+                raise Violation(ENGINE, f"{len(stuck)} requests did not end in {STUCK_S:.0f} seconds")
+        content = await disk.pread(size, 0)
+        weather.history.check(content, weather.reads)
+        await disk.close()
+
+    try:
+        asyncio.run(scenario())
+    except EnbanError as error:
+        raise Violation(ENGINE, f"{image}, ambush {seed}: {error}") from error
+    except Violation:
+        raise
+    except AssertionError as error:
+        raise Violation(FOREIGN, f"{image}, ambush {seed}: {error}") from error
+    return requests
 
 
 # -- power cuts in a crowd -------------------------------------------------------------------

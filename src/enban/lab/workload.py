@@ -83,7 +83,7 @@ def parse_script(text: str, image: Image) -> list[Operation]:
         if kind in (*WRITES, "zero", "discard"):
             offset, length = (int(part, 16) for part in words[1].split("+"))
             stamp = int(words[2][1:]) if kind in WRITES else 0
-            content = content_of(image, kind, length, stamp)
+            content = content_of(image, kind, length, stamp) if kind in WRITES else b""
             unmap = kind != "zero" or words[-1] == "unmap"
             found.append(Operation(kind, offset, length, content, stamp=stamp, unmap=unmap))
         elif kind == "resize":

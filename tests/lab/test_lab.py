@@ -1,0 +1,179 @@
+"""The parts of the lab: what they count, what they keep, that a seed repeats."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from enban.block.runtime import BLOCKING
+from enban.formats.qcow2.node import Qcow2Node
+from enban.lab import parts
+from enban.lab.campaign import PARTS, Campaign, Screen, make_parts
+from enban.lab.crash import Explorer, record
+from enban.lab.fuzz import load, one
+from enban.lab.images import ALL, Image, Medium, by_name
+from enban.lab.oracle import FOREIGN, LOST, Oracle, Violation
+from enban.lab.qcow2_reader import Memo
+from enban.lab.shrink import shrink
+from enban.lab.storm import KINDS, ambush
+from enban.lab.workload import Operation, operations, parse_script
+from tests.cli.command import enban as cli
+from tests.cli.command import refused
+from tests.lab.mutants import flush_does_not_write_the_tables
+
+CORPUS = Path(__file__).parents[2] / "fuzz" / "corpus"
+
+
+@pytest.mark.parametrize("image", ALL, ids=repr)
+def test_a_script_says_all_of_a_workload(image: Image) -> None:
+    script = operations(image, 3, 60, reopens=True)
+    again = parse_script("\n".join(map(str, script)), image)
+    assert [str(operation) for operation in again] == [str(operation) for operation in script]
+    assert [(o.content, o.unmap) for o in again] == [(o.content, o.unmap) for o in script]
+
+
+def test_a_seed_gives_the_same_states() -> None:
+    image = by_name("512-chain")
+    tallies = [Explorer(record(image, operations(image, 5, 30)), 5).explore().as_dict() for _ in range(2)]
+    assert tallies[0] == tallies[1] and tallies[0]["states"] > 200
+
+
+def test_tables_from_memory_mean_what_they_mean_anew() -> None:
+    """States read with one memo for all of them, and each with none."""
+    image, memo = by_name("512-snap"), Memo()
+    recording = record(image, operations(image, 9, 30))
+    explorer = Explorer(recording, 9)
+    seen = 0
+
+    def both(oracle: Oracle, state: bytearray, what: str) -> None:
+        nonlocal seen
+        seen += 1
+        quick, slow = image.view(state, memo=memo), image.view(state)
+        assert quick.check() == slow.check()
+        assert quick.read() == slow.read() and quick.snapshots() == slow.snapshots()
+
+    explorer._judge = both  # type: ignore[method-assign]
+    explorer.explore()
+    assert seen > 200
+
+
+def test_shrink_finds_the_two_that_matter() -> None:
+    assert shrink(list(range(40)), lambda some: {7, 31} <= set(some)) == [7, 31]
+
+
+def test_the_oracle_knows_old_new_and_foreign() -> None:
+    oracle = Oracle(bytes(2048), keep_past=True)
+    for content in (b"a", b"b"):
+        write = Operation("write", 512, 512, content * 512)
+        oracle.begin(write)
+        oracle.done(write)
+        if content == b"a":
+            oracle.done(Operation("flush"))
+    for good in (b"a", b"b"):
+        oracle.check_crash(bytes(512) + good * 512 + bytes(1024))
+    with pytest.raises(Violation) as caught:
+        oracle.check_crash(bytes(2048))
+    assert caught.value.kind == LOST
+    with pytest.raises(Violation) as caught:
+        oracle.check_crash(bytes(512) + b"c" * 512 + bytes(1024))
+    assert caught.value.kind == FOREIGN
+    with pytest.raises(Violation, match="size 512"):
+        oracle.check_crash(bytes(512))
+
+
+def test_a_discarded_range_of_a_medium_reads_as_zeros() -> None:
+    from enban.block.runtime import drive
+
+    medium = Medium(BLOCKING, b"x" * 1024)
+    drive(medium.discard(512, 4096))
+    assert medium.content == b"x" * 512 + bytes(512)
+
+
+@pytest.mark.parametrize("image", [image for image in KINDS if not image.external], ids=repr)
+def test_ambush(image: Image) -> None:
+    assert ambush(image, 1) == 200
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_piece_of_each_part(name: str) -> None:
+    (part,) = make_parts([name], 2)
+    finding = part.step()
+    part.close()
+    assert finding is None
+    assert next(iter(part.counts.values())) > 0 and part.seconds > 0
+
+
+def test_a_finding_is_kept_and_can_be_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "SHRINK_S", 3.0)
+    monkeypatch.chdir(tmp_path)
+    flush_does_not_write_the_tables(monkeypatch)
+    told = cli("torture", "crash", "--only", "512", "--count", "1", "--seed", "4", code=1)
+    directory = next((tmp_path / "torture-findings").iterdir())
+    assert {path.name for path in directory.iterdir()} == {
+        "report.txt",
+        "script.txt",
+        "before.img",
+        "after.img",
+    }
+    assert str(directory.name) in told.out and "LOST in crash" in told.out
+    script = (directory / "script.txt").read_text().splitlines()
+    assert 2 <= len(script) <= 5, script  # a remark, and little more than a write and a flush
+    again = "enban torture crash --seed 4 --only 512 --count 1"
+    assert again in told.out and again in (directory / "report.txt").read_text()
+    assert (directory / "after.img").read_bytes()[:4] == b"QFI\xfb"
+    words = ("torture", "crash", "--only", "512", "--script", directory / "script.txt", "--count", "1")
+    answer = json.loads(cli(*words, "--output", "json", code=1).out)
+    assert answer["findings"][0]["kind"] == "lost"
+    monkeypatch.undo()
+    assert Qcow2Node.flush is not None
+    monkeypatch.chdir(tmp_path)
+    assert "no promise was broken" in cli(*words).out
+
+
+def test_a_campaign_ends_in_time_and_counts(tmp_path: Path) -> None:
+    campaign = Campaign(
+        make_parts(["crash", "faults"], 1),
+        seed=1,
+        seconds=2.0,
+        directory=tmp_path,
+        screen=Screen(silent=True),
+    )
+    assert not campaign.run()
+    assert 1.5 < campaign.elapsed < 15
+    answer = campaign.as_dict()
+    assert answer["findings"] == [] and answer["seed"] == 1
+    assert "states" in campaign.table() and not list(tmp_path.iterdir())
+
+
+def test_the_corpus() -> None:
+    """Images that once did harm, or nearly."""
+    corpus = load(CORPUS)
+    assert len(corpus) >= 8 and sum(path.stat().st_size for path in CORPUS.iterdir()) < 200_000
+    for name, content in corpus:
+        one(content, note=name)
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["nothing"], "crash"),
+        (["--only", "nothing"], "--list"),
+        (["--time", "soon"], "8h"),
+        (["faults", "--script", "x"], "crash"),
+        (["crash", "--script", "no-such-file"], "no-such-file"),
+        (["storm", "--server", "x"], "kill"),
+        (["nbd://127.0.0.1:1/x"], "--overwrite"),
+        (["--seed", "x"], "number"),
+    ],
+)
+def test_words_it_does_not_understand(words: list[str], hint: str) -> None:
+    assert hint in refused("torture", *words)
+
+
+def test_kinds_are_listed() -> None:
+    out = cli("torture", "--list").out
+    for part in PARTS:
+        assert f"{part}: " in out
+    assert "512-chain" in out and "kill-raw" in out
