@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .block.cipher import Passphrase
+    from .jobs.amend import amend
     from .jobs.backup import backup
     from .jobs.check import check
     from .jobs.commit import commit
@@ -52,6 +53,7 @@ __all__ = [
     "EnbanError",
     "Gate",
     "__version__",
+    "amend",
     "backup",
     "check",
     "commit",
@@ -69,6 +71,7 @@ __all__ = [
 # Work on whole disks; each is imported when it is first asked for.
 _JOBS = {
     "backup": "backup",
+    "amend": "amend",
     "check": "check",
     "commit": "commit",
     "compare": "compare",

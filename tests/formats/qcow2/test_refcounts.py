@@ -15,7 +15,7 @@ from enban.errors import CorruptImageError, HostError, NoSpaceError, Unsupported
 from enban.filters import faults
 from enban.filters.faults import Faults, fail_at
 from enban.formats.qcow2.node import Qcow2Node
-from enban.formats.qcow2.refcounts import PackedCounts, Refcounts, WideCounts
+from enban.formats.qcow2.refcounts import PackedCounts, Refcounts, WideCounts, new_counts
 from enban.lab.qcow2_reader import Qcow2Reader
 from enban.storage.memory import MemoryStorage
 from tests.support import KIB, MIB, check_bytes, empty_image, open_memory, pattern
@@ -301,3 +301,14 @@ def test_reading_counts_does_not_load_the_world() -> None:
     counts: Refcounts = node.refcounts
     assert drive(counts.get(1 << 40)) == 0
     assert not counts.blocks
+
+
+@pytest.mark.parametrize("order", range(7))
+def test_runs_of_counts_in_and_out(order: int) -> None:
+    source = random.Random(order)
+    values = [source.randrange(min(1 << (1 << order), 1 << 40)) for _ in range(512)]
+    counts = new_counts(bytes(512 << order >> 3), order)
+    counts.store(values)
+    assert [counts[index] for index in range(512)] == values
+    for first, count in ((0, 512), (1, 1), (3, 300), (509, 3), (8, 8)):
+        assert counts.values(first, count) == values[first : first + count]

@@ -73,6 +73,27 @@ class PackedCounts:
         """Whether a run of entries is known to be all the same."""
         return False
 
+    def values(self, first: int, count: int) -> list[int]:
+        """A run of entries."""
+        inside, per_byte = first & (1 << self._shift) - 1, 1 << self._shift
+        raw = self._raw[first >> self._shift : (first + count - 1 >> self._shift) + 1]
+        found = bytearray(len(raw) * per_byte)
+        for place in range(per_byte):  # all the entries in one place of their bytes, at once
+            found[place::per_byte] = raw.translate(
+                bytes(byte >> place * self._bits & self._mask for byte in range(256))
+            )
+        return list(found[inside : inside + count])
+
+    def store(self, values: list[int]) -> None:
+        """Set the entries of an empty block, from the first one on."""
+        per_byte = 1 << self._shift
+        planes = bytes(values) + bytes(-len(values) % per_byte)
+        packed = 0
+        for place in range(per_byte):
+            packed |= int.from_bytes(planes[place::per_byte], "big") << place * self._bits
+        length = len(planes) // per_byte
+        self._raw[:length] = packed.to_bytes(length, "big")
+
     def fill(self, first: int, count: int, value: int) -> None:
         for index in range(first, first + count):
             self[index] = value
@@ -108,6 +129,14 @@ class WideCounts:
         items = self._items
         return items[first : first + count] == array(items.typecode, items[first : first + 1]) * count
 
+    def values(self, first: int, count: int) -> list[int]:
+        """A run of entries."""
+        return self._items[first : first + count].tolist()
+
+    def store(self, values: list[int]) -> None:
+        """Set the entries of an empty block, from the first one on."""
+        self._items[: len(values)] = array(self._items.typecode, values)
+
     def fill(self, first: int, count: int, value: int) -> None:
         self._items[first : first + count] = array(self._items.typecode, (value,)) * count
 
@@ -117,6 +146,11 @@ class WideCounts:
         if sys.byteorder == "little":
             part.byteswap()
         return part.tobytes()
+
+
+def new_counts(raw: bytes | bytearray, order: int) -> PackedCounts | WideCounts:
+    """The refcounts in the bytes of a block; each is 1 << order bits wide."""
+    return PackedCounts(raw, order) if order < 3 else WideCounts(raw, order)
 
 
 class Block:
@@ -181,8 +215,7 @@ class Refcounts:
         return block
 
     def _counts(self, raw: bytes | bytearray) -> PackedCounts | WideCounts:
-        order = self.header.refcount_order
-        return PackedCounts(raw, order) if order < 3 else WideCounts(raw, order)
+        return new_counts(raw, self.header.refcount_order)
 
     def _trim(self, keep: int) -> None:
         excess = len(self.blocks) - max(4, _CACHE_BYTES >> self.cluster_bits)

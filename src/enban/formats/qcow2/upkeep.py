@@ -128,6 +128,8 @@ async def write_first_sector(node: Qcow2Node) -> None:
             body = header.build()
     finally:
         header.backing_name = name
+    if header.version == 2 and not header.extensions:
+        body += bytes(8)  # or what follows would be taken for an extension
     if len(body) > SECTOR:
         raise UnsupportedOperationError(
             f"the first sector of the header has no room for this ({len(body)} bytes)", path=node.name
