@@ -329,3 +329,20 @@ def test_many_bitmaps(tmp_path: Path) -> None:
             disk.remove_bitmap(f"bitmap number {number} \u65e5")
     assert len(same_info(path)) == 50
     qemu_check(path)
+
+
+@needs_qemu_img
+@needs_qemu_io
+@needs_qemu_nbd
+def test_our_client_reads_the_bitmap_of_qemus_server(tmp_path: Path) -> None:
+    path = make_qcow2(tmp_path / "disk.qcow2", 8 * MIB)
+    qemu_img("bitmap", "--add", "-g", "64k", path, "b")
+    qemu_io(path, "write 1M 100k", "write 5M 4k")
+    socket = tmp_path / "qemu.sock"
+    with (
+        process(
+            socket, "qemu-nbd", "-r", "-t", "-e", "4", "-f", "qcow2", "-B", "b", "-k", str(socket), str(path)
+        ),
+        enban.open(f"nbd+unix:///?socket={socket}") as disk,
+    ):
+        assert list(disk.dirty("b")) == [(MIB, 128 * KIB), (5 * MIB, 64 * KIB)]
