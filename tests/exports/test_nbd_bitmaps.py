@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 import enban
+import enban.aio
 from enban.block.runtime import drive
 from enban.errors import UnsupportedOperationError, UsageError
 from enban.exports.nbd import ServedExport
@@ -138,3 +141,41 @@ def test_a_bitmap_that_was_removed_meanwhile_is_an_error_for_the_client(tmp_path
         assert peer.try_ask(c.CMD_BLOCK_STATUS, 0, MIB).error
         assert peer.read(0, 1) == b"x"
     drive(door.close())
+
+
+def test_our_client_reads_what_our_server_shows(tmp_path: Path) -> None:
+    path = image(tmp_path)
+    door = open_disk(path)
+    with serving(door, folder=tmp_path, bitmaps=["b"]) as running:
+        uri = f"nbd+unix:///?socket={running.path}"
+        with enban.open(uri, writable=True) as disk:
+            disk.pwrite(b"x" * 10_000, MIB)
+            disk.pwrite(b"x", 4 * MIB - 1)
+            assert list(disk.dirty("b")) == [(MIB, 12 * KIB), (4 * MIB - 4 * KIB, 4 * KIB)]
+            assert list(disk.dirty("b", MIB + 100, 50)) == [(MIB + 100, 50)]
+            with pytest.raises(UsageError, match="no bitmap 'c'"):
+                list(disk.dirty("c"))
+            for request in (
+                disk.bitmaps,
+                partial(disk.add_bitmap, "c"),
+                partial(disk.clear_bitmap, "b"),
+                partial(disk.remove_bitmap, "b"),
+                partial(disk.enable_bitmap, "b"),
+                partial(disk.merge_bitmap, "b", "b"),
+            ):
+                with pytest.raises(UnsupportedOperationError):
+                    request()
+        sliced = {
+            "driver": "raw",
+            "offset": MIB + 4096,
+            "size": 2 * MIB,
+            "file": {"driver": "nbd", "filename": uri},
+        }
+        with enban.open(sliced) as part:
+            assert list(part.dirty("b")) == [(0, 8 * KIB)]
+
+        async def ask() -> list[tuple[int, int]]:
+            async with await enban.aio.open(uri) as disk:
+                return [extent async for extent in disk.dirty("b", 0, 2 * MIB)]
+
+        assert asyncio.run(ask()) == [(MIB, 12 * KIB)]

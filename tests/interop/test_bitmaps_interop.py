@@ -329,3 +329,60 @@ def test_many_bitmaps(tmp_path: Path) -> None:
             disk.remove_bitmap(f"bitmap number {number} \u65e5")
     assert len(same_info(path)) == 50
     qemu_check(path)
+
+
+@needs_qemu_img
+@needs_qemu_io
+@needs_qemu_nbd
+def test_our_client_reads_the_bitmap_of_qemus_server(tmp_path: Path) -> None:
+    path = make_qcow2(tmp_path / "disk.qcow2", 8 * MIB)
+    qemu_img("bitmap", "--add", "-g", "64k", path, "b")
+    qemu_io(path, "write 1M 100k", "write 5M 4k")
+    socket = tmp_path / "qemu.sock"
+    with (
+        process(
+            socket, "qemu-nbd", "-r", "-t", "-e", "4", "-f", "qcow2", "-B", "b", "-k", str(socket), str(path)
+        ),
+        enban.open(f"nbd+unix:///?socket={socket}") as disk,
+    ):
+        assert list(disk.dirty("b")) == [(MIB, 128 * KIB), (5 * MIB, 64 * KIB)]
+
+
+@needs_qemu_img
+def test_bitmaps_of_a_chain(tmp_path: Path) -> None:
+    """What commits and kept snapshots write to an image below is recorded there; a header that changes for
+    other reasons keeps its bitmaps."""
+    base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    make_qcow2(base, 16 * MIB)
+    qemu_img("bitmap", "--add", base, "b")
+    with enban.open(base, writable=True, snapshot=True) as disk:
+        disk.pwrite(b"x" * 100_000, 3 * MIB)
+        assert disk.bitmaps() == []
+        disk.commit()
+    assert dirty(base, "b") == [(3 * MIB, 128 * KIB)]
+    qemu_img("create", "-q", "-f", "qcow2", "-b", base.name, "-F", "qcow2", top)
+    with enban.open(top, writable=True) as disk:
+        disk.add_bitmap("t")
+        disk.pwrite(b"y", 9 * MIB)
+    enban.commit(str(top))
+    assert dirty(base, "b") == [(3 * MIB, 128 * KIB), (9 * MIB, 64 * KIB)]
+    assert dirty(top, "t") == [(9 * MIB, 64 * KIB)]
+    other = tmp_path / ("b" * 180 + ".qcow2")
+    shutil.copy(base, other)
+    for name in (other.name, "", base.name):
+        enban.rebase(str(top), name, backing_format="qcow2" if name else "", unsafe=True)
+        assert [b["name"] for b in same_info(top)] == ["t"]
+        with enban.open(top, writable=True) as disk:
+            disk.add_bitmap("second")
+            assert disk.node.backing_name == name
+            disk.remove_bitmap("second")
+        info = json.loads(qemu_img("info", "--output=json", top))
+        assert info.get("backing-filename", "") == name
+        qemu_check(top)
+        check_file(top)
+    assert dirty(top, "t") == [(9 * MIB, 64 * KIB)]
+    with enban.open(top, writable=True) as disk:
+        disk.clear_bitmap("t")
+        disk.write_vm_state(b"v" * 300_000, 0)
+        assert list(disk.dirty("t")) == []
+    qemu_check(top)

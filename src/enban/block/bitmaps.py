@@ -139,8 +139,20 @@ class Bits:
 
     def merge(self, other: Bits) -> None:
         """Set whatever is set in another bitmap of a disk of the same size."""
-        for start, length in other.extents(0, other.size):
-            self.set(start, length)
+        if (other.granularity_bits, other.chunk_size) != (self.granularity_bits, self.chunk_size):
+            for start, length in other.extents(0, other.size):
+                self.set(start, length)
+            return
+        with self._lock:
+            for number, chunk in list(other.chunks.items()):
+                mine = self.chunks.get(number)
+                if mine is None:
+                    self.chunks[number] = chunk if isinstance(chunk, bytes) else bytearray(chunk)
+                elif isinstance(chunk, bytes):
+                    self.chunks[number] = chunk
+                elif not isinstance(mine, bytes):
+                    both = int.from_bytes(mine, "little") | int.from_bytes(chunk, "little")
+                    mine[:] = both.to_bytes(self.chunk_size, "little")
 
     def run(self, offset: GuestOffset, end: GuestOffset) -> tuple[bool, GuestOffset]:
         """(whether the bit of `offset` is set, how far that goes on, at most to `end`)."""

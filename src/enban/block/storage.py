@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable
 
     from ..units import HostOffset
+    from .bitmaps import Bitmaps
     from .runtime import Runtime
 
     ReadBuffer = bytes | bytearray | memoryview
@@ -113,6 +114,10 @@ class Storage:
     ) -> int:
         """Copy inside the host without moving bytes through Python; how many were copied, 0 if it cannot."""
         return 0
+
+    async def bitmaps(self, offset: HostOffset, length: int) -> Bitmaps:
+        """The dirty bitmaps that are kept of a range by whoever is behind this storage."""
+        raise UnsupportedOperationError("a raw image has no dirty bitmaps", path=self.name)
 
     async def hold(self, *, writing: bool) -> None:
         """Have the image's lock for writing, or go back to that of a reader. For a storage that is open for

@@ -63,7 +63,7 @@ VERB = Verb(
     "bitmap",
     "Make, change and remove the dirty bitmaps inside a qcow2 image. An enabled bitmap records which parts "
     "of the disk are written, for incremental backups.",
-    "bitmap [flags] (--add | --remove | --clear | --enable | --disable | --merge SOURCE)... FILE BITMAP",
+    "bitmap [flags] (--add|--remove|--clear|--enable|--disable|--merge SOURCE)... FILE BITMAP",
     (
         Flag("--add", "Make the bitmap, empty and enabled (with --disable: not enabled)"),
         Flag("--remove", "Remove it"),

@@ -14,6 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
+    from ..block.bitmaps import Bitmaps
     from ..block.storage import ReadBuffer, WriteBuffer
     from ..units import HostOffset
 
@@ -64,6 +65,9 @@ class Filter(Storage):
 
     async def allocate(self, offset: HostOffset, length: int) -> None:
         await self.below.allocate(offset, length)
+
+    async def bitmaps(self, offset: HostOffset, length: int) -> Bitmaps:
+        return await self.below.bitmaps(offset, length)
 
     async def status(self, offset: HostOffset, length: int) -> tuple[bool, int]:
         return await self.below.status(offset, length)

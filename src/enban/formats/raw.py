@@ -16,6 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ..block.bitmaps import Bitmaps
     from ..block.runtime import Runtime
     from ..block.storage import Storage
     from ..units import GuestOffset, HostOffset
@@ -100,6 +101,9 @@ class RawNode(Node):
 
     async def holes(self) -> bool:
         return True
+
+    async def bitmaps(self) -> Bitmaps:
+        return await self.file.bitmaps(self.base, self.size)
 
     async def resize(self, size: int, *, preallocation: str = "off") -> None:
         if self.sliced:

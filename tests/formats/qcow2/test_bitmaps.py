@@ -108,6 +108,29 @@ def test_bits_against_a_set(
     assert sum(b for _, b in seen) <= length
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([9, 11]),
+    st.lists(st.tuples(st.integers(0, 39_000), st.integers(1, 9000)), max_size=12),
+    st.lists(st.tuples(st.integers(0, 39_000), st.integers(1, 9000)), max_size=12),
+)
+def test_merged_bits(shift: int, mine: list[tuple[int, int]], theirs: list[tuple[int, int]]) -> None:
+    size = 40_000 * 512
+    bits, other = Bits(size, 9, 64), Bits(size, shift, 64)
+    for chosen, ranges in ((bits, mine), (other, theirs)):
+        for offset, length in ranges:
+            chosen.set(offset * 512, length * 512)
+    expected = {
+        n for ranges in (bits, other) for s, k in ranges.extents(0, size) for n in range(s >> 9, s + k >> 9)
+    }
+    before = list(other.extents(0, size))
+    bits.merge(other)
+    bits.merge(bits)
+    assert {n for s, k in bits.extents(0, size) for n in range(s >> 9, s + k >> 9)} == expected
+    bits.set(0, size)
+    assert list(other.extents(0, size)) == before
+
+
 def test_bits_from_many_threads() -> None:
     bits = Bits(64 * MIB, 9, 512)
 

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable
     from typing import Any
 
+    from ...block.bitmaps import Bitmaps
     from ...block.runtime import Runtime
     from ...block.storage import ReadBuffer, WriteBuffer
     from ...units import HostOffset
@@ -383,6 +384,11 @@ class NbdStorage(Storage):
             if changes == self._changes:
                 self._known = known
         return _find(known, offset, length) or (False, length)
+
+    async def bitmaps(self, offset: HostOffset, length: int) -> Bitmaps:
+        from .bitmaps import NbdBitmaps
+
+        return NbdBitmaps(self.address, self.runtime, offset, length)
 
     async def close(self) -> None:
         self._closed = True

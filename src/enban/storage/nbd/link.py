@@ -38,7 +38,7 @@ class LinkLostError(PeerError):
 
 
 class Ticket:
-    """A request on its way. buffer: where the data of a READ goes. extents: of base:allocation."""
+    """A request on its way. buffer: where the data of a READ goes. extents: of the link's context."""
 
     __slots__ = ("buffer", "done", "error", "extents", "message", "wake")
 
@@ -170,8 +170,7 @@ class Link:
             start = event.offset - transaction.offset
             ticket.buffer[start : start + event.length] = bytes(event.length)
         elif isinstance(event, Status):
-            if self.session.contexts[event.context] == BASE_ALLOCATION:
-                ticket.extents = event.extents
+            ticket.extents = event.extents  # a link asks for one context
         elif isinstance(event, Done):
             ticket.error, ticket.message = transaction.error, transaction.message
             with self._guard:
@@ -220,8 +219,9 @@ def _ticket(transaction: Transaction) -> Ticket:
     return ticket
 
 
-def connect(address: Address) -> Link:
-    """Connect and go through the handshake. Raises HostError, PeerError (RefusedError, ProtocolError)."""
+def connect(address: Address, speaks_of: str = BASE_ALLOCATION) -> Link:
+    """Connect and go through the handshake. speaks_of: the metadata context that block status tells.
+    Raises HostError, PeerError (RefusedError, ProtocolError)."""
     try:
         if address.path:
             sock = socket.socket(socket.AF_UNIX)
@@ -241,7 +241,7 @@ def connect(address: Address) -> Link:
             raise PeerError(f"cannot connect: {words.lower()}", path=address.uri) from error
         raise from_oserror(error, "connect", address.uri, hint="is the server running?") from error
     try:
-        return _handshake(address, sock)
+        return _handshake(address, sock, speaks_of)
     except (OSError, EnbanError) as error:
         sock.close()
         if isinstance(error, EnbanError):
@@ -256,12 +256,12 @@ def connect(address: Address) -> Link:
         raise
 
 
-def _handshake(address: Address, sock: socket.socket) -> Link:
+def _handshake(address: Address, sock: socket.socket, speaks_of: str) -> Link:
     handshake = ClientHandshake()
     negotiator = Negotiator(
         handshake,
         address.export,
-        contexts=(BASE_ALLOCATION,),
+        contexts=(speaks_of,),
         tls=TLS_REQUIRED if address.tls else TLS_OFF,
     )
     while (step := negotiator.advance()) is not READY:
