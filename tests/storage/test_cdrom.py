@@ -146,7 +146,7 @@ def test_eject_close_and_lock(machine: Callable[..., FakeKernel]) -> None:
     fake = machine(sr0=FakeDrive(ONE))
     one, hand = Drive("/dev/sr0"), fake.all["sr0"]
     one.lock(True)
-    with pytest.raises(HostError, match="cannot eject the disc: the drive is in use or locked"):
+    with pytest.raises(HostError, match="cannot eject the disc: the drive is mounted or locked"):
         one.eject()
     one.lock(False)
     one.eject()
@@ -157,8 +157,16 @@ def test_eject_close_and_lock(machine: Callable[..., FakeKernel]) -> None:
     one.eject()
     hand.disc = None
     assert one.close_tray() == EMPTY
-    with enban.open(_with(hand, ONE)), pytest.raises(HostError, match="in use"):
+    hand.put(ONE)
+    hand.mounted = True
+    with pytest.raises(HostError, match="cannot eject the disc: the drive is mounted or locked; unmount"):
         one.eject()
+    hand.mounted = False
+    with enban.open("/dev/sr0") as disk:  # who only reads does not keep it
+        one.eject()
+        with pytest.raises(NoMediumError):
+            disk.pread(10, 0)
+    hand.put(ONE)
     calls: list[tuple[Callable[[], object], int, int, str]] = [
         (one.eject, k.CDROMEJECT, errno.EOPNOTSUPP, "the drive is not able to"),
         (one.close_tray, k.CDROMCLOSETRAY, errno.ENOSYS, "cannot close the tray: the drive is not able to"),
@@ -169,11 +177,6 @@ def test_eject_close_and_lock(machine: Callable[..., FakeKernel]) -> None:
         with pytest.raises(HostError, match=words):
             call()
     assert not fake.opened
-
-
-def _with(hand: FakeDrive, disc: bytes) -> str:
-    hand.put(disc)
-    return "/dev/sr0"
 
 
 def test_closing_waits_only_so_long(machine: Callable[..., FakeKernel]) -> None:
@@ -319,7 +322,7 @@ def test_the_verb(machine: Callable[..., FakeKernel], tmp_path: Path) -> None:
     run("cdrom", "-q", "read", "/dev/sr2", target)
     assert target.read_bytes() == TWO
     assert run("cdrom", "lock", "/dev/sr2").out == "/dev/sr2: locked\n"
-    assert "is in use or locked; unmount the disc" in refused("cdrom", "eject", "/dev/sr2")
+    assert "is mounted or locked; unmount the disc" in refused("cdrom", "eject", "/dev/sr2")
     assert run("cdrom", "unlock", "/dev/sr2").out == "/dev/sr2: unlocked\n"
     assert run("cdrom", "eject").out == "/dev/sr1: ejected\n"
     assert fake.all["sr1"].state == OPEN

@@ -120,7 +120,7 @@ class Disc:
 
 class Drive:
     """A CD-ROM drive by its device file. Each call opens it for its own time, so between calls the
-    drive is free: ejecting needs that."""
+    drive is free."""
 
     def __init__(self, path: str, kernel: Kernel | None = None) -> None:
         self.path = path
@@ -177,8 +177,16 @@ class Drive:
         return ""
 
     def eject(self) -> None:
-        """Open the tray. Raises HostError if the drive is in use or locked, or has no tray to open."""
-        self._do(k.CDROMEJECT, 0, "eject the disc")
+        """Open the tray. Raises HostError if the disc is mounted or the tray locked, or there is none.
+
+        Who merely reads the disc does not keep it: reads then find no medium.
+        """
+        what = "eject the disc"
+        # The kernel's SCSI layer takes this request past its own count of users, so it is asked for a
+        # claim, which a mounted disc refuses; and a drive's refusal may come back as a positive number.
+        refused = self._do(k.CDROMEJECT, 0, what, claim=True)
+        if refused or self.state() == DISC:
+            raise self._busy(what)
 
     def close_tray(self, *, wait_s: float = 10) -> int:
         """Close the tray and wait until the drive knows what lies in it; the state it ends in."""
@@ -194,34 +202,45 @@ class Drive:
         """Keep the tray from being opened with the drive's button, or let it."""
         self._do(k.CDROM_LOCKDOOR, int(locked), "lock the tray" if locked else "unlock the tray")
 
-    def _do(self, request: int, argument: int, what: str) -> None:
-        with _Session(self) as fd:
+    def _do(self, request: int, argument: int, what: str, *, claim: bool = False) -> int:
+        with _Session(self, claim=claim, what=what) as fd:
             try:
-                self.kernel.ioctl(fd, request, argument)
+                return self.kernel.ioctl(fd, request, argument)
             except OSError as error:
                 if error.errno == errno.EBUSY:
-                    raise HostError(
-                        f"cannot {what}: the drive is in use or locked",
-                        path=self.path,
-                        hint="unmount the disc and stop who reads it",
-                        errno=errno.EBUSY,
-                    ) from error
+                    raise self._busy(what) from error
                 if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP):
                     raise HostError(
                         f"cannot {what}: the drive is not able to", path=self.path, errno=error.errno
                     ) from error
                 raise from_oserror(error, what, self.path) from error
 
+    def _busy(self, what: str) -> HostError:
+        return HostError(
+            f"cannot {what}: the drive is mounted or locked",
+            path=self.path,
+            hint="unmount the disc, or run: enban cdrom unlock",
+            errno=errno.EBUSY,
+        )
+
 
 class _Session:
-    """A drive open for the time of a `with` block."""
+    """A drive open for the time of a `with` block. claim: only if nobody has claimed it, to do `what`."""
 
-    def __init__(self, drive: Drive) -> None:
+    def __init__(self, drive: Drive, *, claim: bool = False, what: str = "") -> None:
         self._drive = drive
+        self._claim = claim
+        self._what = what
         self._fd = -1
 
     def __enter__(self) -> int:
-        self._fd = _open(self._drive.kernel, self._drive.path)
+        drive = self._drive
+        try:
+            self._fd = drive.kernel.open(drive.path, claim=self._claim)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise drive._busy(self._what) from error
+            raise _not_opened(error, drive.path) from error
         return self._fd
 
     def __exit__(self, *_: object) -> None:
@@ -232,8 +251,12 @@ def _open(kernel: Kernel, path: str) -> int:
     try:
         return kernel.open(path)
     except OSError as error:
-        hint = "only root and the group cdrom may" if error.errno in (errno.EACCES, errno.EPERM) else ""
-        raise from_oserror(error, "open the drive", path, hint=hint) from error
+        raise _not_opened(error, path) from error
+
+
+def _not_opened(error: OSError, path: str) -> HostError:
+    hint = "only root and the group cdrom may" if error.errno in (errno.EACCES, errno.EPERM) else ""
+    return from_oserror(error, "open the drive", path, hint=hint)
 
 
 def _state(kernel: Kernel, fd: int, path: str) -> int:

@@ -77,9 +77,11 @@ class Kernel:
             pass
         return ""
 
-    def open(self, path: str) -> int:
-        """For reading and without waiting: works with an empty drive and leaves its tray alone."""
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+    def open(self, path: str, *, claim: bool = False) -> int:
+        """For reading and without waiting: works with an empty drive and leaves its tray alone.
+        claim: not while it is mounted or claimed by somebody else (EBUSY)."""
+        flags = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0)
+        return os.open(path, flags | (os.O_EXCL if claim else 0))
 
     def close(self, fd: int) -> None:
         os.close(fd)

@@ -65,6 +65,10 @@ _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.05, 1.0
 _EMPTY = memoryview(b"")
 
 
+class _ChangedError(PeerError):
+    """The export is another one than before: another size, or read-only now."""
+
+
 class NbdStorage(Storage):
     """An export as a storage of fixed size. Made by `open_nbd`. Safe from many threads.
 
@@ -196,7 +200,7 @@ class NbdStorage(Storage):
         before, now = self._session.export, link.session.export
         if now.size != before.size or (self.writable and now.read_only):
             link.close()
-            raise PeerError(
+            raise _ChangedError(
                 f"the export has changed: {before.size} bytes before, {now.size} now", path=self.name
             )
 
@@ -206,6 +210,8 @@ class NbdStorage(Storage):
         while True:
             try:
                 return self._add()
+            except _ChangedError:
+                raise  # what we were reading is not there any more: waiting does not bring it back
             except (HostError, PeerError) as error:
                 if self._closed or time.monotonic() + delay >= deadline:
                     raise PeerError(
