@@ -19,13 +19,15 @@ import pytest
 
 from enban.serial.doctor import RUNNING, STOPPED, Doctor
 from enban.serial.injection import Injector
+from enban.serial.live import Live
 from enban.serial.recording import Recorder, replay
 from tests.serial import kd_kernel
 from tests.serial.kd_kernel import NUMBERS, Kernel
 from tests.serial.kd_machine import KERNEL_BASE, REGISTERS
-from tests.serial.kd_streams import listen_unix
+from tests.serial.kd_streams import LinkStream, listen_unix
 from tests.serial.kd_tap import Tap
 from tests.serial.kd_target import Faults, Target
+from tests.serial.lines import KINDS, Client, bridge, ends_of
 
 MISSING = kd_kernel.missing()
 if importlib.util.find_spec("ntoseye") is None:
@@ -200,3 +202,37 @@ def test_ntoseye_comes_late(
         assert_seen(attach(kernel, path), kernel, target, rip)
         target.wait("running")
         assert tap.faults() == []
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in ("unix-listen", "tcp-connect", "pty") else pytest.param(kind, marks=pytest.mark.long)
+        for kind in KINDS
+    ],
+)
+def test_ntoseye_through_the_bridge(kernel: Kernel, tmp_path: Path, kind: str) -> None:
+    """The guest's line over every transport; ntoseye itself speaks unix sockets only."""
+    machine = kd_kernel.machine(kernel)
+    ends = ends_of(kind, tmp_path, "guest")
+    path = tmp_path / "kd.sock"
+    told: list[str] = []
+    first = Client(ends.client) if kind == "tty" else None
+    with (
+        Live(record=str(tmp_path / "rec"), doctor=True, log=told.append) as live,
+        bridge(ends.bridge, f"unix:{path},listen", observers=live.observers, on_tick=live.tick) as running,
+    ):
+        client = (first or Client(ends.client)).connect()
+        with Target(LinkStream(client.up), machine) as target:
+            running.expect_guest()
+            target.wait("running")
+            assert_seen(attach(kernel, str(path)), kernel, target, machine.break_at)
+            target.wait("running")
+            assert_seen(attach(kernel, str(path)), kernel, target, machine.break_at)
+            target.wait("running")
+            assert machine.breakpoints == {}
+        client.transport.close()
+    assert told[0].startswith("doctor: healthy"), told
+    again = replay(tmp_path / "rec")
+    assert again.verdicts()[0].name == "healthy"
+    assert again.requests > 80

@@ -109,6 +109,7 @@ class Target:
         self._parser = Parser()
         self._events: deque[Event] = deque()
         self._raw: deque[int] = deque()  # bytes that a running target has not looked at
+        self._break_in_pending = False  # seen while it waited for an ACK
         self._todo: deque[tuple[str, str, int]] = deque()
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._main, name="kd-target", daemon=True)
@@ -171,7 +172,9 @@ class Target:
             self._raw += self._hear(0 if self._todo else self.tick_s)
         else:
             self._ending.wait(self.tick_s)
-        if self._raw and self._raw.popleft() == k.BREAK_IN and not self.faults.take("drop_break_ins"):
+        pending, self._break_in_pending = self._break_in_pending, False
+        seen = bool(self._raw) and self._raw.popleft() == k.BREAK_IN
+        if pending or (seen and not self.faults.take("drop_break_ins")):
             self.machine.set("rip", self.machine.break_at)
             self._stop(k.STATUS_BREAKPOINT)
         elif self._todo:
@@ -315,6 +318,8 @@ class Target:
         while (event := self._next(end - time.monotonic())) is not None:
             if isinstance(event, Broken):
                 self._write(control_packet(k.RESEND))
+            elif isinstance(event, BreakIn) and self.state == "running":
+                self._break_in_pending = not self.faults.take("drop_break_ins")
             if not isinstance(event, Packet):
                 continue
             if event.type == k.ACK:

@@ -219,6 +219,24 @@ def test_a_debugger_that_dies_at_an_exception_leaves_the_guest_frozen() -> None:
     assert session.faults(1000) == ["frozen-exception"]
 
 
+def test_a_second_debugger_at_the_prompt_may_think() -> None:
+    """The first one died; the next has the guest report again, looks around, and its user goes for lunch."""
+    session = Session()
+    session.stop()
+    session.ask()
+    session.close(DEBUGGER)
+    session.wait(5000)
+    session.doctor.opened(DEBUGGER, session.now_ns)
+    session.raw(DEBUGGER, RESET)
+    session.raw(TARGET, RESET)
+    session.ids = [k.INITIAL_ID, k.INITIAL_ID]
+    session.stop()
+    session.ask()
+    assert session.faults(3_600_000) == []
+    session.go()
+    assert session.faults(60_000) == []
+
+
 def test_a_debugger_that_takes_an_exception_and_asks_nothing() -> None:
     session = Session()
     session.stop()

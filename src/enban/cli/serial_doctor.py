@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from enban.cli import common
-from enban.cli.options import Flag, Verb
+from enban.cli.options import Flag, Verb, wrapped
 from enban.errors import UsageError
 
 TYPE_CHECKING = False
@@ -40,8 +40,16 @@ def run(arguments: Arguments) -> int:
         print(common.shown(_head(path, doctor)))
         for verdict in verdicts:
             for line in verdict.words().splitlines():
-                print(common.shown(line))
+                _print_wrapped(common.shown(line))
     return EXIT_FAULT if any(verdict.grade == FAULT for verdict in verdicts) else 0
+
+
+def _print_wrapped(line: str) -> None:
+    text = line.lstrip(" ")
+    first = len(line) - len(text)
+    further = first + 2 * text.startswith("- ")
+    for number, part in enumerate(wrapped(text, further)):
+        print(" " * (further if number else first) + part)
 
 
 def _seconds(arguments: Arguments, flag: str, default: str, *, least_ns: int = 0) -> int:

@@ -6,7 +6,7 @@ from ..wire.kd.messages import decode
 from . import line_causes as line
 from . import packet_causes as packets
 from .tracking import SIDES, TARGET, middle
-from .verdicts import FAULT, HEALTHY, NOTE, SLOW, Verdict, milliseconds, seconds
+from .verdicts import FAULT, HEALTHY, NOTE, SLOW, Verdict, flight_words, milliseconds, seconds
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -87,6 +87,16 @@ def healthy(doctor: Doctor) -> Verdict:
             "nothing to say yet: no packet from the guest",
             [f"watched for {seconds(doctor.now_ns - max(0, doctor.began_ns))}"],
         )
+    for sender in doctor.sides:
+        flight = sender.flight
+        if flight is not None and flight.sends > 1 and not flight.implicit:
+            return Verdict(
+                "waiting",
+                NOTE,
+                "too early to say: a packet was sent again and waits for its ACK",
+                [flight_words(doctor, flight)],
+                places=[(sender.side, flight.packet.offset)],
+            )
     evidence = [
         f"{target.packets} packets from the guest, {debugger.packets} from the debugger, {doctor.requests} "
         "requests",

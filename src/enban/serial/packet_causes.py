@@ -54,7 +54,9 @@ def frozen(doctor: Doctor) -> Verdict | None:
         )
     elif what.is_exception and doctor.stop_acked_ns:
         idle = doctor.now_ns - doctor.progress_ns
-        left = debugger.closed_ns > doctor.stop_acked_ns or debugger.opened_ns > doctor.stop_acked_ns
+        # Gone, or another has come that has not asked anything yet.
+        asked_ns = doctor.request.sent_ns if doctor.request is not None else 0
+        left = debugger.present is False or max(doctor.stop_acked_ns, asked_ns) < debugger.opened_ns
         if left and idle > 3 * unit:
             summary = (
                 "the debugger that took an exception is gone: the guest stays frozen until another goes on"

@@ -110,4 +110,4 @@ def seconds(nanoseconds: float) -> str:
 
 
 def milliseconds(nanoseconds: float) -> str:
-    return f"{nanoseconds / MS:.1f} ms"
+    return f"{nanoseconds / MS:.1f} ms" if nanoseconds >= MS else f"{nanoseconds / 1000:.0f} us"

@@ -210,6 +210,12 @@ class Parser:
         if leader.count(leader[0]) != len(leader):
             self._drop(events, at, 1)
             return 1
+        if end - at > 4 and held[at + 4] == leader[0]:
+            # More than four of them: no type begins so, and the leader, if it is one, is the last four.
+            rest = held[at:end]
+            run = len(rest) - len(rest.lstrip(leader[:1]))
+            self._drop(events, at, run - 4)
+            return run - 4
         if end - at < HEADER_BYTES:
             return 0
         fields = HEADER.read(held[at : at + HEADER_BYTES])
