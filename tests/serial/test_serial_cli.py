@@ -141,7 +141,6 @@ def test_a_terminal(tmp_path: Path) -> None:
         (("stdio", "stdio"), "stdio can be one end only"),
         (("tty:/dev/null", "unix:/a"), "/dev/null: is not a serial line"),
         (("unix:/no/such/folder/s,listen", "stdio"), "/no/such/folder/s: cannot listen"),
-        (("--spin-us", "many", "unix:/a", "stdio"), "'many' is no number for --spin-us"),
     ],
 )
 def test_what_is_refused(words: tuple[str, ...], says: str) -> None:
