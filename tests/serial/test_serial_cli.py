@@ -160,6 +160,10 @@ def test_a_taken_port_leaves_nothing(tmp_path: Path) -> None:
 def test_serial_alone_names_its_parts() -> None:
     assert "enban serial bridge" in refused("serial")
     assert "enban serial bridge" in refused("serial", "frobnicate")
+    text = enban("serial", "--help").out
+    assert text == enban("help", "serial").out
+    for part in ("bridge", "doctor", "list"):
+        assert f"serial {part}" in text
 
 
 def test_ports_by_sysfs(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ import socket
 from time import monotonic, monotonic_ns
 
 from .looking import DEBUGGER, TARGET, Looking
-from .peer import QUEUE_BYTES, Peer, state
+from .peer import QUEUE_BYTES, Peer, role, state
 from .polling import READ, WRITE, Poller
 from .transports.base import READ_SIZE, LinkEnded
 
@@ -113,7 +113,7 @@ class Bridge:
         lines = [
             f"guest {self._guest_side.address()}: {state(self._guest, self._guest_side)}",
             *(
-                f"debugger {peer.link.peer}: {'active' if peer is self._active else 'watching'}, "
+                f"{role(peer)} {peer.link.peer}: {'active' if peer is self._active else 'watching'}, "
                 f"{state(peer, peer.transport)}"
                 for peer in list(self._debuggers)
             ),
@@ -200,7 +200,8 @@ class Bridge:
         elif fd == self._wake_in.fileno():
             try:
                 if b"s" in self._wake_in.recv(4096):
-                    self._log(self.status())
+                    for line in self.status().splitlines():
+                        self._log(line)
             except BlockingIOError:
                 pass
 
@@ -360,7 +361,7 @@ class Bridge:
             for other in self._debuggers:
                 self._arm(other)
             return
-        self._log(f"debugger: {link.peer} is connected")
+        self._log(f"{role(peer)}: {link.peer} is connected")
         self._debuggers.append(peer)
         if self._active is None and not side.watch:
             self._activate(peer)
@@ -384,7 +385,7 @@ class Bridge:
             self._looking.closed(TARGET)
         elif peer in self._debuggers:
             self._debuggers.remove(peer)
-            self._log(f"debugger: {peer.link.peer} is gone: {why}")
+            self._log(f"{role(peer)}: {peer.link.peer} is gone: {why}")
             if peer is self._active:
                 self._activate(next((one for one in self._debuggers if not one.transport.watch), None))
         peer.transport.lost()

@@ -114,6 +114,11 @@ class Peer:
         return min(due, default=None)
 
 
+def role(peer: Peer) -> str:
+    """What it is, for people."""
+    return "guest" if peer.is_guest else "watcher" if peer.transport.watch else "debugger"
+
+
 def state(peer: Peer | None, side: Transport) -> str:
     if peer is None:
         return side.reason or "not connected"
