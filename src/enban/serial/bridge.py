@@ -322,7 +322,12 @@ class Bridge:
     def _advance(self, side: Transport) -> None:
         """A transport may have a new link."""
         said = side.reason
-        link = None if self._is_full(side) else side.advance()
+        link = None
+        try:
+            if not self._is_full(side):
+                link = side.advance()
+        except OSError as error:  # no descriptors left, no memory: perhaps later
+            side.retry((error.strerror or str(error)).lower(), 1.0)
         if link is not None:
             self._joined(link, side)
         elif side.reason and not said:
