@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import random
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic, sleep
+from typing import Any
 
 import pytest
 
@@ -280,6 +283,34 @@ def test_tcp_links_never_wait(tmp_path: Path, client: Callable[[str], Client]) -
             guest.send(b"c")
             assert debugger.receive(1) == b"c"
         assert monotonic() - started < 1.0
+
+
+def test_without_descriptors_it_goes_on(
+    tmp_path: Path, client: Callable[[str], Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that has no more of them for a while: the line that is up stays up, others come later."""
+    real, spent, met = socket.socket, [True], threading.Event()
+
+    class Spent(socket.socket):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            if spent[0] and threading.current_thread() is not threading.main_thread():
+                met.set()
+                raise OSError(errno.EMFILE, "Too many open files")
+            super().__init__(*arguments, **options)
+
+    with bridge(
+        f"unix:{tmp_path / 'g'},listen", f"unix:{tmp_path / 'd'}", f"unix:{tmp_path / 'e'}"
+    ) as running:
+        guest = client(f"unix:{tmp_path / 'g'}").connect()
+        debugger = client(f"unix:{tmp_path / 'd'},listen").connect()
+        running.expect("is the active debugger")
+        monkeypatch.setattr("enban.serial.transports.sockets.socket.socket", Spent)
+        assert met.wait(10)
+        both_ways(guest, debugger, 10_000, 3)
+        spent[0] = False
+        monkeypatch.setattr("enban.serial.transports.sockets.socket.socket", real)
+        client(f"unix:{tmp_path / 'e'},listen").connect()
+        running.expect("debugger: ", 2)
 
 
 class Spy:

@@ -141,7 +141,6 @@ def test_a_terminal(tmp_path: Path) -> None:
         (("stdio", "stdio"), "stdio can be one end only"),
         (("tty:/dev/null", "unix:/a"), "/dev/null: is not a serial line"),
         (("unix:/no/such/folder/s,listen", "stdio"), "/no/such/folder/s: cannot listen"),
-        (("--spin-us", "many", "unix:/a", "stdio"), "'many' is no number for --spin-us"),
     ],
 )
 def test_what_is_refused(words: tuple[str, ...], says: str) -> None:
@@ -161,6 +160,10 @@ def test_a_taken_port_leaves_nothing(tmp_path: Path) -> None:
 def test_serial_alone_names_its_parts() -> None:
     assert "enban serial bridge" in refused("serial")
     assert "enban serial bridge" in refused("serial", "frobnicate")
+    text = enban("serial", "--help").out
+    assert text == enban("help", "serial").out
+    for part in ("bridge", "doctor", "list"):
+        assert f"serial {part}" in text
 
 
 def test_ports_by_sysfs(tmp_path: Path) -> None:

@@ -68,12 +68,16 @@ class Terminated(KeyboardInterrupt):
 def load(name: str) -> Verb:
     """The verb of a name, importing nothing of the others. Raises UsageError."""
     if name not in VERBS:
-        parts = " or ".join(f"enban {other}" for other in VERBS if other.startswith(name + " "))
-        if parts:
+        if parts := " or ".join(f"enban {part}" for part, _ in _parts(name)):
             raise UsageError(f"'{name}' alone is no verb", hint=f"say {parts}")
         raise UsageError(f"there is no verb '{name}'", hint="see: enban --help")
     verb: Verb = __import__(f"enban.cli.{name.replace(' ', '_')}", fromlist=("VERB",)).VERB
     return verb
+
+
+def _parts(name: str) -> list[tuple[str, str]]:
+    """The verbs of two words that begin with a name, and their summaries."""
+    return [(verb, summary) for verb, summary in VERBS.items() if verb.startswith(name + " ")]
 
 
 def verb_of(words: list[str]) -> tuple[str, list[str]]:
@@ -134,6 +138,9 @@ def _run(words: list[str]) -> int:
         words = [*words[1:3], "--help"] if len(words) > 1 else ["--help"]
         return _run(words)
     name, words = verb_of(words)
+    if name not in VERBS and words[:1] in (["-h"], ["--help"]) and (parts := _parts(name)):
+        print("\n".join([f"usage: enban {name} ...", "", *table(parts)]))
+        return 0
     verb = load(name)
     if "-h" in words or "--help" in words:
         print(help_text(verb))

@@ -47,7 +47,6 @@ def run(arguments: Arguments) -> int:
             injector=live.injector,
             log=log,
             on_tick=tick,
-            spin_us=_number(arguments, "--spin-us", 50),
         )
         bridge.open()
         for side in sides:
@@ -74,13 +73,6 @@ class _Rates:
 
 def _drop(text: str) -> None:
     pass
-
-
-def _number(arguments: Arguments, flag: str, default: int, *, most: int = 100_000) -> int:
-    text = arguments.text(flag, str(default))
-    if not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) > most:
-        raise UsageError(f"'{text}' is no number for {flag}", hint=f"use 0 to {most}")
-    return int(text)
 
 
 def _catch_signals(bridge: Bridge) -> None:
@@ -114,12 +106,6 @@ VERB = Verb(
         Flag(
             "--inject-break-in",
             "Repeat a debugger's break-in that had no effect; it is logged",
-        ),
-        Flag(
-            "--spin-us",
-            "Before sleeping, look again and again for so many microseconds if the line has been quick; "
-            "0 for never (50)",
-            value="US",
         ),
         common.QUIET,
         common.HELP,

@@ -14,9 +14,8 @@ Rules it keeps:
 - **The guest stays.** Debuggers come and go; the guest's side is opened first, and again whenever it is lost.
 - Queues are bounded (`QUEUE_BYTES` each). A paced line holds back its source instead of queueing.
 
-One thread polls, reads and writes without ever waiting in a read or write. After each event it looks a few
-microseconds more before it sleeps (`spin_us`): debuggers exchange small packets one at a time, and being
-woken is the largest part of a round trip.
+One thread polls, reads and writes without ever waiting in a read or write. (Looking again and again before
+sleeping was tried: it takes from the processor what debugger and guest need, and made round trips longer.)
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import socket
 from time import monotonic, monotonic_ns
 
 from .looking import DEBUGGER, TARGET, Looking
-from .peer import QUEUE_BYTES, Peer, state
+from .peer import QUEUE_BYTES, Peer, role, state
 from .polling import READ, WRITE, Poller
 from .transports.base import READ_SIZE, LinkEnded
 
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 
 
 STALL_S = 1.0
-SPIN_US = 50
 MOST_DEBUGGERS = 16
 # A line that cannot say who is there has lost its debugger if another speaks up after such a silence.
 SILENT_S = 30.0
@@ -50,7 +48,7 @@ _INJECT_S = 0.1
 class Bridge:
     """guest: its line. debuggers: where they come from. observers: are shown what went through, afterwards.
 
-    log: gets a line for each event. on_tick: is called about once a second. spin_us, stall_s: see the module.
+    log: gets a line for each event. on_tick: is called about once a second. stall_s: see the module.
     injector: decides what the bridge may send by itself; None, the default, is nothing ever.
     """
 
@@ -62,7 +60,6 @@ class Bridge:
         observers: Sequence[Observer] = (),
         log: Callable[[str], None] = lambda text: None,
         on_tick: Callable[[], None] = lambda: None,
-        spin_us: int = SPIN_US,
         stall_s: float = STALL_S,
         injector: Injector | None = None,
     ) -> None:
@@ -72,7 +69,6 @@ class Bridge:
         self.counters = self._looking.counters
         self._log = log
         self._on_tick = on_tick
-        self._spin_s = spin_us / 1e6
         self._stall_s = stall_s
         self._injector = injector
         self._guest: Peer | None = None
@@ -117,7 +113,7 @@ class Bridge:
         lines = [
             f"guest {self._guest_side.address()}: {state(self._guest, self._guest_side)}",
             *(
-                f"debugger {peer.link.peer}: {'active' if peer is self._active else 'watching'}, "
+                f"{role(peer)} {peer.link.peer}: {'active' if peer is self._active else 'watching'}, "
                 f"{state(peer, peer.transport)}"
                 for peer in list(self._debuggers)
             ),
@@ -146,34 +142,22 @@ class Bridge:
         """Carry bytes until `stop`, or until one side is finished for good. Opens if that was not done."""
         self.open()
         try:
-            quick = False
-            while not self._stopping and not self._is_over():
+            while not self._stopping:
                 now = monotonic()
                 if now >= self._due:
                     self._chores(now)
                 if self._looking.pending:
-                    events = self._poller.poll(0)
+                    # Observers take their time: first whatever else is to be forwarded.
+                    events = self._poller.poll(0) if self._looking.is_slow else []
                     if not events:
                         self._looking.look()
+                        continue
                 else:
-                    events = self._spin(now) if quick else []
-                    # Who was quick this time probably will be the next.
-                    if not events:
-                        events = self._poller.poll(max(0, int((self._due - now) * 1000 + 1)))
-                    quick = self._spin_s > 0 and monotonic() - now < self._spin_s
+                    events = self._poller.poll(max(0, int((self._due - now) * 1000 + 1)))
                 for fd, mask in events:
                     self._handle(fd, mask)
         finally:
             self.close()
-
-    def _spin(self, now: float) -> list[tuple[int, int]]:
-        """Look again and again for a short time."""
-        until = now + self._spin_s
-        poll = self._poller.poll
-        while monotonic() < until:
-            if events := poll(0):
-                return events
-        return []
 
     def close(self) -> None:
         """End all links and give names back; what is queued and can be written at once still is."""
@@ -194,23 +178,21 @@ class Bridge:
         self._wake_in.close()
         self._wake_out.close()
 
-    def _is_over(self) -> bool:
-        """Nobody will ever come to one of the sides again."""
-        return self._guest_side.finished or (
-            bool(self._debug_side) and all(side.finished for side in self._debug_side)
-        )
-
     # -- events --------------------------------------------------------------------------------
 
     def _handle(self, fd: int, mask: int) -> None:
         peer = self._by_fd.get(fd)
         if peer is not None:
             try:
-                if mask & ~READ and fd == peer.link.write_fd:
+                if mask != READ and fd == peer.link.write_fd:
                     peer.flush()
                     self._drained(peer)
-                if mask & ~WRITE and fd == peer.link.read_fd:
-                    self._receive(peer)
+                if mask == WRITE or fd != peer.link.read_fd:
+                    return
+                if peer.is_guest:
+                    self._from_guest(peer)
+                else:
+                    self._from_debugger(peer)
             except LinkEnded as ended:
                 self._lost(peer, str(ended))
         elif fd in self._waiting:
@@ -218,15 +200,10 @@ class Bridge:
         elif fd == self._wake_in.fileno():
             try:
                 if b"s" in self._wake_in.recv(4096):
-                    self._log(self.status())
+                    for line in self.status().splitlines():
+                        self._log(line)
             except BlockingIOError:
                 pass
-
-    def _receive(self, peer: Peer) -> None:
-        if peer.is_guest:
-            self._from_guest(peer)
-        else:
-            self._from_debugger(peer)
 
     def _from_guest(self, guest: Peer) -> None:
         active = self._active
@@ -238,20 +215,24 @@ class Bridge:
             self._arm(guest)
             return
         guest.received += len(data)
-        for peer in list(self._debuggers):
-            self._deliver(peer, data)
+        if len(self._debuggers) == 1:
+            self._deliver(self._debuggers[0], data)
+        else:
+            for peer in list(self._debuggers):
+                self._deliver(peer, data)
         if guest.link.pace_in is not None or (active is not None and active.queued):
             self._arm(guest)
         self._looking.saw(TARGET, data)
 
     def _deliver(self, peer: Peer, data: bytes) -> None:
         """From the guest to a debugger; a queue that is full drops it."""
-        room = peer.room() if peer is self._active else QUEUE_BYTES - peer.queued
-        if peer.queued and len(data) > room:
-            if not peer.dropped:
-                self._log(f"{peer.link.peer} is too slow, it loses bytes from the guest")
-            peer.dropped += len(data)
-            return
+        if peer.queued:
+            room = peer.room() if peer is self._active else QUEUE_BYTES - peer.queued
+            if len(data) > room:
+                if not peer.dropped:
+                    self._log(f"{peer.link.peer} is too slow, it loses bytes from the guest")
+                peer.dropped += len(data)
+                return
         try:
             peer.send(data)
         except LinkEnded as ended:
@@ -341,7 +322,12 @@ class Bridge:
     def _advance(self, side: Transport) -> None:
         """A transport may have a new link."""
         said = side.reason
-        link = None if self._is_full(side) else side.advance()
+        link = None
+        try:
+            if not self._is_full(side):
+                link = side.advance()
+        except OSError as error:  # no descriptors left, no memory: perhaps later
+            side.retry((error.strerror or str(error)).lower(), 1.0)
         if link is not None:
             self._joined(link, side)
         elif side.reason and not said:
@@ -380,7 +366,7 @@ class Bridge:
             for other in self._debuggers:
                 self._arm(other)
             return
-        self._log(f"debugger: {link.peer} is connected")
+        self._log(f"{role(peer)}: {link.peer} is connected")
         self._debuggers.append(peer)
         if self._active is None and not side.watch:
             self._activate(peer)
@@ -404,10 +390,12 @@ class Bridge:
             self._looking.closed(TARGET)
         elif peer in self._debuggers:
             self._debuggers.remove(peer)
-            self._log(f"debugger: {peer.link.peer} is gone: {why}")
+            self._log(f"{role(peer)}: {peer.link.peer} is gone: {why}")
             if peer is self._active:
                 self._activate(next((one for one in self._debuggers if not one.transport.watch), None))
         peer.transport.lost()
+        if self._guest_side.finished or all(side.finished for side in self._debug_side):
+            self._stopping = True  # nobody will ever come to that side again
         self._watch_for(peer.transport)
         if peer.transport.due is not None:
             self._due = min(self._due, peer.transport.due)

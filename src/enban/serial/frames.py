@@ -62,8 +62,13 @@ class Framing:
 
     def receive(self, data: bytes) -> list[Frame]:
         held = self._held
-        if not held and b"0" not in data and b"i" not in data:
-            return []
+        if not held:
+            if len(data) == _HEADER.size and data.startswith(b"iiii"):  # mostly an ACK, alone
+                _, type, count, id, _ = _HEADER.unpack(data)
+                if type in CONTROL_TYPES and not count:
+                    return [Frame(type, id, b"")]
+            elif b"0" not in data and b"i" not in data:
+                return []
         held += data
         if len(held) < self._need:
             return []

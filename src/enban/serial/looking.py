@@ -44,6 +44,11 @@ class Looking:
     def pending(self) -> bool:
         return bool(self._pending)
 
+    @property
+    def is_slow(self) -> bool:
+        """Somebody else looks, too."""
+        return bool(self._observers)
+
     # -- what happened; the order is kept ------------------------------------------------------
 
     def saw(self, side: int, data: bytes) -> None:

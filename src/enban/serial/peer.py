@@ -41,13 +41,13 @@ class Peer:
 
     def send(self, data: bytes) -> None:
         """Write what can be written now and queue the rest. Raises LinkEnded."""
-        view = memoryview(data)
+        taken = 0
         if not self.queue and self.link.pace_out is None:
-            taken = self.link.write(view)
+            taken = self.link.write(data)
             self.sent += taken
-            if taken == len(view):
+            if taken == len(data):
                 return
-            view = view[taken:]
+        view = memoryview(data)[taken:]
         if not self.queued:
             self.stuck_since = monotonic()
             if self.link.pace_out is not None:
@@ -112,6 +112,11 @@ class Peer:
             if pace is not None and not pace.idle and pace.room(now) <= 0
         ]
         return min(due, default=None)
+
+
+def role(peer: Peer) -> str:
+    """What it is, for people."""
+    return "guest" if peer.is_guest else "watcher" if peer.transport.watch else "debugger"
 
 
 def state(peer: Peer | None, side: Transport) -> str:

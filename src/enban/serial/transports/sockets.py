@@ -128,12 +128,9 @@ class UnixListener(Listener):
     def open(self) -> None:
         from ...exports.nbd.sockets import listen_unix
 
-        before = os.umask(0o177)
-        try:
-            sock = listen_unix(self._path)
-        finally:
-            os.umask(before)
+        sock = listen_unix(self._path)
         sock.setblocking(False)
+        os.chmod(self._path, 0o600)
         status = os.stat(self._path)
         self._made = status.st_dev, status.st_ino
         self.sockets = [sock]
