@@ -32,6 +32,8 @@ VERBS = {
     "serve": "Serve disks over NBD",
     "serial bridge": "Join a guest's serial line with those who debug it",
     "serial list": "List the serial ports of this machine",
+    "keys show": "Draw a keyboard layout; tell how characters are typed and keys are called",
+    "keys test": "Show which keys are pressed",
     "torture": "Find out whether disks keep their promises in crashes and failures",
 }
 # Verbs that may leave something half-made if they are killed: they clean up on SIGTERM too.
