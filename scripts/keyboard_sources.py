@@ -9,7 +9,7 @@ anywhere. Its rows, separated by tabs:
 
     evdev    XKB name   X keycode                     keycodes/evdev
     xfree86  XKB name   X keycode                     keycodes/xfree86, the old `kbd` driver
-    layout   name  XKB model  XKB layout
+    layout   name  XKB model  XKB layout (and variant)
     key      layout  XKB name  plain  shift  altgr  shift+altgr  others
                                                       keysym names, "-" for none; others: behind Alt, Ctrl,
                                                       NumLock
@@ -27,12 +27,13 @@ from pathlib import Path
 KEPT = Path(__file__).parent / "keyboard" / "xkb.tsv"
 XKB = Path("/usr/share/X11/xkb")
 
-# Our name, XKB model, XKB layout.
+# Our name, XKB model, XKB layout and variant.
 LAYOUTS = (
     ("ja", "jp106", "jp"),
     ("en-us", "pc105", "us"),
     ("en-gb", "pc105", "gb"),
     ("de", "pc105", "de"),
+    ("de-nodeadkeys", "pc105", "de nodeadkeys"),
     ("fr", "pc105", "fr"),
     ("es", "pc105", "es"),
     ("it", "pc105", "it"),
@@ -94,7 +95,8 @@ def rows() -> list[tuple[str, ...]]:
 
     for layout, model, symbols in LAYOUTS:
         out.append(("layout", layout, model, symbols))
-        names = _Names(b"evdev", model.encode(), symbols.encode(), b"", b"")
+        words = [word.encode() for word in symbols.split()]
+        names = _Names(b"evdev", model.encode(), words[0], b"".join(words[1:]), b"")
         keymap = ctypes.c_void_p(xkb.xkb_keymap_new_from_names(context, ctypes.byref(names), 0))
         assert keymap.value, f"libxkbcommon cannot make layout {symbols} for {model}"
         bits = {
@@ -124,8 +126,8 @@ def rows() -> list[tuple[str, ...]]:
             if not found and not others:
                 continue
             # A type without a second level gives the plain keysym with Shift too; nothing to write down.
-            words = [found.get(mask, "-") for mask in places]
-            out.append(("key", layout, name.decode(), *words, *sorted(set(others) - set(words))))
+            four = [found.get(mask, "-") for mask in places]
+            out.append(("key", layout, name.decode(), *four, *sorted(set(others) - set(four))))
         xkb.xkb_keymap_unref(keymap)
     for word, number in sorted(keysyms.items(), key=lambda item: item[1]):
         character = xkb.xkb_keysym_to_utf32(number)

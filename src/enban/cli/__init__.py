@@ -37,6 +37,8 @@ VERBS = {
     "serial bridge": "Join a guest's serial line with those who debug it",
     "serial doctor": "Say why a kernel-debugging session stands still",
     "serial list": "List the serial ports of this machine",
+    "keys show": "Draw a keyboard layout; tell how characters are typed and keys are called",
+    "keys test": "Show which keys are pressed",
     "torture": "Find out whether disks keep their promises in crashes and failures",
     "cdrom": "List CD-ROM drives, show, read and eject discs",
 }

@@ -156,7 +156,19 @@ def test_layouts_against_xkb_data() -> None:
 def test_every_layout_types_ascii() -> None:
     from enban.guest.keyboard.layouts import layout_names
 
-    assert layout_names() == ["ja", "en-us", "en-gb", "de", "fr", "es", "it", "sv", "pt-br", "ko"]
+    assert layout_names() == [
+        "ja",
+        "en-us",
+        "en-gb",
+        "de",
+        "de-nodeadkeys",
+        "fr",
+        "es",
+        "it",
+        "sv",
+        "pt-br",
+        "ko",
+    ]
     for name in layout_names():
         missing = {chr(code) for code in range(32, 127)} - layout(name).ways.keys()
         assert not missing, (name, missing)

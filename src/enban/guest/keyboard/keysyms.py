@@ -81,7 +81,6 @@ class KeysymTranslator:
         self._held: dict[int, Key] = {}  # keysym as pressed -> the key the guest has down for it
         self._characters: set[int] = set()  # those of them that stand for characters
         self._caps = False
-        self._has_altgr = any(words[2] and words[2] != words[0] for words in self._layout.levels.values())
 
     def event(self, down: bool, keysym: int) -> list[Event]:
         """The key events for the guest, in order; empty for what this keyboard does not have."""
@@ -137,6 +136,8 @@ class KeysymTranslator:
     def _choose(self, keysym: int, character: str) -> list[tuple[Key, int]]:
         """The presses for a character: of the places that have it the one that fits what is held best."""
         places = [place for place in self._layout.places(keysym) if not place[0].name.startswith("kp_")]
+        if keysym == YEN and self._layout.name == "ja":
+            return [(by_name("yen"), 0)]  # the key, whatever the layout has on it
         if keysym == BACKSLASH and self._layout.name == "ja":
             places = [place for place in places if place[0] is self._backslash]
         if places:
@@ -150,7 +151,7 @@ class KeysymTranslator:
             level ^= SHIFT
         held = list(dict.fromkeys(self._held.values()))
         shifts = [each for each in held if each.name in ("shift", "shift_r")]
-        altgr = [each for each in held if each.name == "alt_r"] if self._has_altgr else []
+        altgr = [each for each in held if each.name == "alt_r"] if self._layout.has_altgr else []
         changes: list[Event] = []
         if not level & SHIFT:
             changes += [(each, False) for each in shifts]
@@ -177,7 +178,7 @@ class KeysymTranslator:
         if keysym in KEY_OF:
             if keysym in JAPANESE_ONLY and self._layout.name != "ja":
                 return None
-            if keysym in _ALTGR_ONLY and not self._has_altgr:
+            if keysym in _ALTGR_ONLY and not self._layout.has_altgr:
                 return None
             return by_name(KEY_OF[keysym])
         for key, _ in self._layout.places(keysym):

@@ -328,6 +328,62 @@ katakanahiragana Hiragana_Katakana
 print Print - - - Sys_Req
 alt_r ISO_Level3_Shift
 """,
+    "de-nodeadkeys": """\
+1 1 exclam onesuperior exclamdown
+2 2 quotedbl twosuperior oneeighth
+3 3 section threesuperior sterling
+4 4 dollar onequarter currency
+5 5 percent onehalf threeeighths
+6 6 ampersand notsign fiveeighths
+7 7 slash braceleft seveneighths
+8 8 parenleft bracketleft trademark
+9 9 parenright bracketright plusminus
+0 0 equal braceright degree
+minus ssharp question backslash questiondown U1E9E
+equal acute grave cedilla cedilla
+q q Q at Greek_OMEGA
+w w W U017F section
+e e E EuroSign EuroSign
+r r R paragraph registered
+t t T tslash Tslash
+y z Z leftarrow yen
+u u U downarrow uparrow
+i i I rightarrow idotless
+o o O oslash Oslash
+p p P thorn THORN
+bracket_left udiaeresis Udiaeresis diaeresis diaeresis
+bracket_right plus asterisk asciitilde macron
+a a A ae AE
+s s S U017F U1E9E
+d d D eth ETH
+f f F dstroke ordfeminine
+g g G eng ENG
+h h H hstroke Hstroke
+j j J dead_belowdot dead_abovedot
+k k K kra ampersand
+l l L lstroke Lstroke
+semicolon odiaeresis Odiaeresis doubleacute doubleacute
+apostrophe adiaeresis Adiaeresis asciicircum asciicircum
+grave_accent asciicircum degree notsign notsign
+backslash numbersign apostrophe rightsinglequotemark grave
+z y Y guillemotright U203A
+x x X guillemotleft U2039
+c c C cent copyright
+v v V doublelowquotemark singlelowquotemark
+b b B leftdoublequotemark leftsinglequotemark
+n n N rightdoublequotemark rightsinglequotemark
+m m M mu masculine
+comma comma semicolon periodcentered multiply
+dot period colon U2026 division
+slash minus underscore endash emdash
+spc space
+caps_lock Caps_Lock
+kp_decimal KP_Delete - - - KP_Separator
+less less greater bar dead_belowmacron
+katakanahiragana Hiragana_Katakana
+print Print - - - Sys_Req
+alt_r ISO_Level3_Shift
+""",
     "fr": """\
 1 ampersand 1 onesuperior exclamdown
 2 eacute 2 asciitilde oneeighth
@@ -683,43 +739,43 @@ asciitilde 7e 7e  nobreakspace a0 a0  exclamdown a1 a1  cent a2 a2  sterling a3 
 yen a5 a5  brokenbar a6 a6  section a7 a7  diaeresis a8 a8  copyright a9 a9  ordfeminine aa aa
 guillemotleft ab ab  notsign ac ac  registered ae ae  macron af af  degree b0 b0  plusminus b1 b1
 twosuperior b2 b2  threesuperior b3 b3  acute b4 b4  mu b5 b5  paragraph b6 b6  periodcentered b7 b7
-onesuperior b9 b9  masculine ba ba  guillemotright bb bb  onequarter bc bc  onehalf bd bd
+cedilla b8 b8  onesuperior b9 b9  masculine ba ba  guillemotright bb bb  onequarter bc bc  onehalf bd bd
 threequarters be be  questiondown bf bf  Adiaeresis c4 c4  Aring c5 c5  AE c6 c6  Ccedilla c7 c7  ETH d0 d0
 Ntilde d1 d1  Odiaeresis d6 d6  multiply d7 d7  Oslash d8 d8  Udiaeresis dc dc  THORN de de  ssharp df df
 agrave e0 e0  adiaeresis e4 e4  aring e5 e5  ae e6 e6  ccedilla e7 e7  egrave e8 e8  eacute e9 e9
 igrave ec ec  eth f0 f0  ntilde f1 f1  ograve f2 f2  odiaeresis f6 f6  division f7 f7  oslash f8 f8
-ugrave f9 f9  udiaeresis fc fc  thorn fe fe  Lstroke 1a3 141  lstroke 1b3 142  dstroke 1f0 111
-Hstroke 2a1 126  hstroke 2b1 127  idotless 2b9 131  kra 3a2 138  Tslash 3ac 166  tslash 3bc 167
-ENG 3bd 14a  eng 3bf 14b  Greek_OMEGA 7d9 3a9  leftarrow 8fb 2190  uparrow 8fc 2191  rightarrow 8fd 2192
-downarrow 8fe 2193  emdash aa9 2014  endash aaa 2013  oneeighth ac3 215b  threeeighths ac4 215c
-fiveeighths ac5 215d  seveneighths ac6 215e  trademark ac9 2122  leftsinglequotemark ad0 2018
-rightsinglequotemark ad1 2019  leftdoublequotemark ad2 201c  rightdoublequotemark ad3 201d
-singlelowquotemark afd 201a  doublelowquotemark afe 201e  OE 13bc 152  oe 13bd 153  EuroSign 20ac 20ac
-ISO_Level3_Shift fe03 -  ISO_Left_Tab fe20 -  dead_grave fe50 -  dead_acute fe51 -  dead_circumflex fe52 -
-dead_tilde fe53 -  dead_macron fe54 -  dead_breve fe55 -  dead_abovedot fe56 -  dead_diaeresis fe57 -
-dead_abovering fe58 -  dead_doubleacute fe59 -  dead_caron fe5a -  dead_cedilla fe5b -  dead_ogonek fe5c -
-dead_belowdot fe60 -  dead_hook fe61 -  dead_horn fe62 -  dead_belowmacron fe68 -  BackSpace ff08 -
-Tab ff09 -  Linefeed ff0a -  Return ff0d -  Pause ff13 -  Scroll_Lock ff14 -  Sys_Req ff15 -  Escape ff1b -
-Kanji ff21 -  Muhenkan ff22 -  Henkan_Mode ff23 -  Romaji ff24 -  Hiragana ff25 -  Katakana ff26 -
-Hiragana_Katakana ff27 -  Zenkaku_Hankaku ff2a -  Eisu_toggle ff30 -  Hangul ff31 -  Hangul_Hanja ff34 -
-Home ff50 -  Left ff51 -  Up ff52 -  Right ff53 -  Down ff54 -  Prior ff55 -  Next ff56 -  End ff57 -
-Print ff61 -  Execute ff62 -  Insert ff63 -  Undo ff65 -  Redo ff66 -  Menu ff67 -  Find ff68 -
-Cancel ff69 -  Help ff6a -  Break ff6b -  Num_Lock ff7f -  KP_Enter ff8d -  KP_Home ff95 -  KP_Left ff96 -
-KP_Up ff97 -  KP_Right ff98 -  KP_Down ff99 -  KP_Prior ff9a -  KP_Next ff9b -  KP_End ff9c -
-KP_Begin ff9d -  KP_Insert ff9e -  KP_Delete ff9f -  KP_Multiply ffaa 2a  KP_Add ffab 2b
-KP_Separator ffac 2c  KP_Subtract ffad 2d  KP_Decimal ffae 2e  KP_Divide ffaf 2f  KP_0 ffb0 30
-KP_1 ffb1 31  KP_2 ffb2 32  KP_3 ffb3 33  KP_4 ffb4 34  KP_5 ffb5 35  KP_6 ffb6 36  KP_7 ffb7 37
-KP_8 ffb8 38  KP_9 ffb9 39  KP_Equal ffbd 3d  F1 ffbe -  F2 ffbf -  F3 ffc0 -  F4 ffc1 -  F5 ffc2 -
-F6 ffc3 -  F7 ffc4 -  F8 ffc5 -  F9 ffc6 -  F10 ffc7 -  F11 ffc8 -  F12 ffc9 -  Shift_L ffe1 -
-Shift_R ffe2 -  Control_L ffe3 -  Control_R ffe4 -  Caps_Lock ffe5 -  Meta_L ffe7 -  Meta_R ffe8 -
-Alt_L ffe9 -  Alt_R ffea -  Super_L ffeb -  Super_R ffec -  Delete ffff -  U017F 100017f 17f
-U1E9E 1001e9e 1e9e  U2022 1002022 2022  U2026 1002026 2026  U2032 1002032 2032  U2033 1002033 2033
-U2039 1002039 2039  U203A 100203a 203a  SunProps 1005ff70 -  SunFront 1005ff71 -
-XF86AudioLowerVolume 1008ff11 -  XF86AudioMute 1008ff12 -  XF86AudioRaiseVolume 1008ff13 -
-XF86AudioPlay 1008ff14 -  XF86AudioStop 1008ff15 -  XF86AudioPrev 1008ff16 -  XF86AudioNext 1008ff17 -
-XF86HomePage 1008ff18 -  XF86Mail 1008ff19 -  XF86Calculator 1008ff1d -  XF86Back 1008ff26 -
-XF86Forward 1008ff27 -  XF86PowerOff 1008ff2a -  XF86WakeUp 1008ff2b -  XF86Eject 1008ff2c -
-XF86Sleep 1008ff2f -  XF86Favorites 1008ff30 -  XF86AudioPause 1008ff31 -  XF86AudioMedia 1008ff32 -
-XF86MyComputer 1008ff33 -  XF86Copy 1008ff57 -  XF86Cut 1008ff58 -  XF86MenuKB 1008ff65 -
-XF86Open 1008ff6b -  XF86Paste 1008ff6d -  XF86Reload 1008ff73 -
+ugrave f9 f9  udiaeresis fc fc  thorn fe fe  Lstroke 1a3 141  lstroke 1b3 142  doubleacute 1bd 2dd
+dstroke 1f0 111  Hstroke 2a1 126  hstroke 2b1 127  idotless 2b9 131  kra 3a2 138  Tslash 3ac 166
+tslash 3bc 167  ENG 3bd 14a  eng 3bf 14b  Greek_OMEGA 7d9 3a9  leftarrow 8fb 2190  uparrow 8fc 2191
+rightarrow 8fd 2192  downarrow 8fe 2193  emdash aa9 2014  endash aaa 2013  oneeighth ac3 215b
+threeeighths ac4 215c  fiveeighths ac5 215d  seveneighths ac6 215e  trademark ac9 2122
+leftsinglequotemark ad0 2018  rightsinglequotemark ad1 2019  leftdoublequotemark ad2 201c
+rightdoublequotemark ad3 201d  singlelowquotemark afd 201a  doublelowquotemark afe 201e  OE 13bc 152
+oe 13bd 153  EuroSign 20ac 20ac  ISO_Level3_Shift fe03 -  ISO_Left_Tab fe20 -  dead_grave fe50 -
+dead_acute fe51 -  dead_circumflex fe52 -  dead_tilde fe53 -  dead_macron fe54 -  dead_breve fe55 -
+dead_abovedot fe56 -  dead_diaeresis fe57 -  dead_abovering fe58 -  dead_doubleacute fe59 -
+dead_caron fe5a -  dead_cedilla fe5b -  dead_ogonek fe5c -  dead_belowdot fe60 -  dead_hook fe61 -
+dead_horn fe62 -  dead_belowmacron fe68 -  BackSpace ff08 -  Tab ff09 -  Linefeed ff0a -  Return ff0d -
+Pause ff13 -  Scroll_Lock ff14 -  Sys_Req ff15 -  Escape ff1b -  Kanji ff21 -  Muhenkan ff22 -
+Henkan_Mode ff23 -  Romaji ff24 -  Hiragana ff25 -  Katakana ff26 -  Hiragana_Katakana ff27 -
+Zenkaku_Hankaku ff2a -  Eisu_toggle ff30 -  Hangul ff31 -  Hangul_Hanja ff34 -  Home ff50 -  Left ff51 -
+Up ff52 -  Right ff53 -  Down ff54 -  Prior ff55 -  Next ff56 -  End ff57 -  Print ff61 -  Execute ff62 -
+Insert ff63 -  Undo ff65 -  Redo ff66 -  Menu ff67 -  Find ff68 -  Cancel ff69 -  Help ff6a -  Break ff6b -
+Num_Lock ff7f -  KP_Enter ff8d -  KP_Home ff95 -  KP_Left ff96 -  KP_Up ff97 -  KP_Right ff98 -
+KP_Down ff99 -  KP_Prior ff9a -  KP_Next ff9b -  KP_End ff9c -  KP_Begin ff9d -  KP_Insert ff9e -
+KP_Delete ff9f -  KP_Multiply ffaa 2a  KP_Add ffab 2b  KP_Separator ffac 2c  KP_Subtract ffad 2d
+KP_Decimal ffae 2e  KP_Divide ffaf 2f  KP_0 ffb0 30  KP_1 ffb1 31  KP_2 ffb2 32  KP_3 ffb3 33  KP_4 ffb4 34
+KP_5 ffb5 35  KP_6 ffb6 36  KP_7 ffb7 37  KP_8 ffb8 38  KP_9 ffb9 39  KP_Equal ffbd 3d  F1 ffbe -
+F2 ffbf -  F3 ffc0 -  F4 ffc1 -  F5 ffc2 -  F6 ffc3 -  F7 ffc4 -  F8 ffc5 -  F9 ffc6 -  F10 ffc7 -
+F11 ffc8 -  F12 ffc9 -  Shift_L ffe1 -  Shift_R ffe2 -  Control_L ffe3 -  Control_R ffe4 -
+Caps_Lock ffe5 -  Meta_L ffe7 -  Meta_R ffe8 -  Alt_L ffe9 -  Alt_R ffea -  Super_L ffeb -  Super_R ffec -
+Delete ffff -  U017F 100017f 17f  U1E9E 1001e9e 1e9e  U2022 1002022 2022  U2026 1002026 2026
+U2032 1002032 2032  U2033 1002033 2033  U2039 1002039 2039  U203A 100203a 203a  SunProps 1005ff70 -
+SunFront 1005ff71 -  XF86AudioLowerVolume 1008ff11 -  XF86AudioMute 1008ff12 -
+XF86AudioRaiseVolume 1008ff13 -  XF86AudioPlay 1008ff14 -  XF86AudioStop 1008ff15 -
+XF86AudioPrev 1008ff16 -  XF86AudioNext 1008ff17 -  XF86HomePage 1008ff18 -  XF86Mail 1008ff19 -
+XF86Calculator 1008ff1d -  XF86Back 1008ff26 -  XF86Forward 1008ff27 -  XF86PowerOff 1008ff2a -
+XF86WakeUp 1008ff2b -  XF86Eject 1008ff2c -  XF86Sleep 1008ff2f -  XF86Favorites 1008ff30 -
+XF86AudioPause 1008ff31 -  XF86AudioMedia 1008ff32 -  XF86MyComputer 1008ff33 -  XF86Copy 1008ff57 -
+XF86Cut 1008ff58 -  XF86MenuKB 1008ff65 -  XF86Open 1008ff6b -  XF86Paste 1008ff6d -  XF86Reload 1008ff73 -
 """

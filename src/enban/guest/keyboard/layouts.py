@@ -51,10 +51,12 @@ _CONTROL = {"\n": "ret", "\t": "tab", "\b": "backspace", "\x1b": "esc"}
 # What a level costs. What stands behind AltGr is xkb-data's own more often than what is printed on keys, so
 # a dead key without AltGr and the space bar (one more stroke) are preferred: that works on every system.
 _COST = (0, 1, 2, 3)
+# Places of xkb-data that are not printed on keyboards, so that other systems have nothing there: they cost
+# more.
+_UNPRINTED = {("ja", "0", SHIFT), ("fr", "grave_accent", SHIFT), ("fr", "a", ALTGR)}
 # Of two keys with one character these come last: Yen types a yen sign where the guest's layout is a newer
-# one, Shift and 0 types nothing in a Japanese Windows, and the key beside the left Shift is not on every
-# keyboard.
-_LAST = ("less", "yen", "0")
+# one, and the key beside the left Shift is not on every keyboard.
+_LAST = ("less", "yen")
 
 
 @cache
@@ -118,10 +120,10 @@ class Layout:
     """One layout.
 
     levels: key -> keysym names for plain, Shift, AltGr, both ("" for none). others: keysym names behind Alt,
-    Ctrl or Num Lock. ways: character -> how to type it.
+    Ctrl or Num Lock. has_altgr: whether the right Alt key is AltGr. ways: character -> how to type it.
     """
 
-    __slots__ = ("_by_keysym", "levels", "name", "others", "ways")
+    __slots__ = ("_by_keysym", "has_altgr", "levels", "name", "others", "ways")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -133,6 +135,9 @@ class Layout:
             four = ["" if symbol == "-" else symbol for symbol in symbols[:4]]
             self.levels[key] = tuple(four + [""] * (4 - len(four)))
             self.others[key] = tuple(symbols[4:])
+        self.has_altgr = self.levels[by_name("alt_r")][0] == "ISO_Level3_Shift"
+        if not self.has_altgr:  # then nothing reaches these levels, although xkb-data has some
+            self.levels = {key: (*words[:2], "", "") for key, words in self.levels.items()}
         order = {key: place for place, key in enumerate(all_keys())}
         entries = [
             (level.bit_count(), key.name in _LAST, level, order[key], key, symbol)
@@ -157,7 +162,8 @@ class Layout:
             if symbol in DEAD:
                 dead.append((key, level, symbol))
             elif character and not key.name.startswith("kp_"):
-                found.append((_COST[level], character, Way((key, level))))
+                cost = _COST[level] + 2 * ((self.name, key.name, level) in _UNPRINTED)
+                found.append((cost, character, Way((key, level))))
         direct: dict[str, Way] = {}
         for _, character, way in sorted(found, key=lambda item: item[0]):
             direct.setdefault(character, way)

@@ -94,11 +94,22 @@ async def send_strokes(
         for stroke in strokes:
             await _send(qmp, stroke, pacer)
             done += len(stroke.text)
-    except PeerError as error:
+    except Exception as caught:
+        error = caught if isinstance(caught, PeerError) else _refusal(caught)
+        if error is None:
+            raise
         total = sum(len(stroke.text) for stroke in strokes)
         if not total:
-            raise
-        raise PeerError(f"{error.what}; {done} of {total} characters were typed", hint=error.hint) from error
+            raise error from caught
+        raise PeerError(f"{error.what}; {done} of {total} characters were typed", hint=error.hint) from caught
+
+
+def _refusal(error: Exception) -> PeerError | None:
+    """An error answer of QEMU's monitor (as qemu.qmp raises it) as ours; None for any other error."""
+    if type(error).__name__ != "ExecuteError":
+        return None
+    hint = "is it paused? `cont` lets it run" if "not running" in str(error) else ""
+    return PeerError(f"the guest takes no keys: {error}", hint=hint)
 
 
 async def _send(qmp: Monitor, stroke: Stroke, pacer: Pacer) -> None:
