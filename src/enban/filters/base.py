@@ -68,9 +68,6 @@ class Filter(Storage):
     async def status(self, offset: HostOffset, length: int) -> tuple[bool, int]:
         return await self.below.status(offset, length)
 
-    def zeroes_fast(self) -> bool:
-        return self.below.zeroes_fast()
-
     def lay_out(self, offset: HostOffset, length: int) -> bool:
         return self.below.lay_out(offset, length)
 
