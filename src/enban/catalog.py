@@ -12,7 +12,7 @@ import os
 
 from .block.door import Door, close_chain
 from .block.gate import SIBLINGS
-from .errors import CorruptImageError, EnbanError, ImageError, UnknownFormatError, UsageError
+from .errors import CorruptImageError, EnbanError, GateError, ImageError, UnknownFormatError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _LOCAL = ("file", "host_device", "host_cdrom")  # names of QEMU's drivers for what is on this machine
 FORMATS = ("raw", "qcow2", "qcow")
+FILTERS = ("throttle", "trace", "delay", "faults", "writelog")  # see filters/options.py
 
 # Content that marks formats we have no driver for: taken for raw, their bytes would be misread.
 _FOREIGN = (
@@ -183,6 +184,7 @@ class Opener:
     def resolve(self, reference: str, image: str) -> Options:
         """A name found in an image, as options; relative names start at the image's directory."""
         options = parse_reference(reference)
+        _refuse_filters(options, image)
         filename = options.get("filename")
         if isinstance(filename, str) and not _scheme(filename):
             options = {**options, "filename": os.path.join(os.path.dirname(image), filename)}
@@ -302,10 +304,26 @@ class Opener:
             return None
         return cdrom.open_drive(filename, self.runtime, writable=writable, empty=self.empty_drive)
 
+    async def _open_filter(self, driver: str, options: Options, writable: bool) -> Storage:
+        """A filter and the storage behind it, named by `file`."""
+        from .filters.options import open_filter
+
+        inner = options.get("file")
+        if inner is None:
+            raise UsageError(f"filter {driver} needs a file", hint="give file.filename=...")
+        below = await self.open_storage(parse_reference(inner), writable=writable)
+        try:
+            return open_filter(driver, below, options)
+        except BaseException:
+            await below.close()
+            raise
+
     async def open_storage(self, options: Options, *, writable: bool, create: bool = False) -> Storage:
         """The storage that options name: a file, or whatever a URI's scheme says."""
         driver = str(options.get("driver", "file"))
         filename = options.get("filename")
+        if driver in FILTERS:
+            return await self._open_filter(driver, options, writable)
         if filename is None and isinstance(options.get("file"), dict):
             return await self.open_storage(options["file"], writable=writable, create=create)
         if driver == "nbd" or (driver == "file" and isinstance(filename, str) and _is_nbd(filename)):
@@ -335,6 +353,16 @@ class Opener:
             create=create,
             heir_of=elder if isinstance(elder, FileStorage) else None,
         )
+
+
+def _refuse_filters(options: Options, image: str) -> None:
+    """Filters are for people to put into a chain: some write files. An image may not ask for them."""
+    while isinstance(options, dict):
+        if options.get("driver") in FILTERS:
+            raise GateError(f"the image asks for the filter '{options['driver']}'", path=image)
+        options = options.get("file", {})
+        if not options:
+            return
 
 
 def _scheme(name: str) -> bool:

@@ -55,6 +55,9 @@ def test_everything_is_passed_on_but_the_short_cuts_past_write() -> None:
     drive(filter_.allocate(0, 10))
     drive(filter_.status(0, 10))
     drive(filter_.flush())
+    filter_.lay_out(0, 10)
+    filter_.zeroes_fast()
+    drive(filter_.hold(writing=True))
     assert filter_.size() == 100 and filter_.allocated() == spy.allocated()
     assert filter_.identity == spy.identity
     drive(filter_.close())

@@ -147,6 +147,19 @@ def test_a_campaign_ends_in_time_and_counts(tmp_path: Path) -> None:
     assert "states" in campaign.table() and not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", PARTS)
+def test_a_minute_of_each_part(name: str, tmp_path: Path) -> None:
+    campaign = Campaign(
+        make_parts([name], 77, corpus=str(CORPUS)),
+        seed=77,
+        seconds=60.0,
+        directory=tmp_path,
+        screen=Screen(silent=True),
+    )
+    assert not campaign.run(), campaign.table()
+
+
 def test_the_corpus() -> None:
     """Images that once did harm, or nearly."""
     corpus = load(CORPUS)

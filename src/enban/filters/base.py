@@ -72,6 +72,9 @@ class Filter(Storage):
     async def status(self, offset: HostOffset, length: int) -> tuple[bool, int]:
         return await self.below.status(offset, length)
 
+    def lay_out(self, offset: HostOffset, length: int) -> bool:
+        return self.below.lay_out(offset, length)
+
     async def hold(self, *, writing: bool) -> None:
         await self.below.hold(writing=writing)
 

@@ -82,7 +82,9 @@ class Oracle:
         elif operation.kind == "snapshot":
             self.possible[operation.name] = bytes(self.model)
         elif operation.kind == "delete":
-            self.possible[operation.name] = self.snapshots.pop(operation.name)
+            kept = self.snapshots.pop(operation.name, None)
+            if kept is not None:
+                self.possible[operation.name] = kept
         for number, value in self.outcomes(operation).items():
             before = self.sector(number)
             if before != value:
@@ -105,7 +107,7 @@ class Oracle:
             self.snapshots[operation.name] = self.possible.pop(operation.name)
             self.legal.clear()  # as a change of the tables does
         elif kind == "delete":
-            del self.possible[operation.name]
+            self.possible.pop(operation.name, None)
         elif kind == "apply":
             self.model[:] = self.snapshots[operation.name]
             self.legal.clear()

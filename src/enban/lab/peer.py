@@ -12,7 +12,9 @@ u64 data length} and, but for a discard, its data.
 
 from __future__ import annotations
 
+import json
 import shutil
+import socket as socket_module
 import struct
 import subprocess
 import tempfile
@@ -28,7 +30,7 @@ from enban.storage.nbd.client import NbdStorage, open_nbd
 
 from .crash import Explorer, Recording, Tally, record
 from .images import KIB, Image
-from .oracle import Oracle
+from .oracle import ENGINE, Oracle, Violation
 from .workload import Operation, operations
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ KINDS = (
     Image("v2, 4 KiB clusters", 256 * KIB, cluster_size=4096, compat="0.10", packs=0),
     Image("lazy refcounts", 256 * KIB, cluster_size=4096, lazy_refcounts=True, packs=0),
     Image("subclusters", 512 * KIB, cluster_size=16384, extended_l2=True, packs=0),
+    Image("live snapshots", 256 * KIB, cluster_size=4096, snapshots=True, packs=0),
 )
 OPERATIONS = 250
 PROGRAM = "qemu-storage-daemon"
@@ -151,6 +154,10 @@ def record_qemu(image: Image, script: list[Operation]) -> Recording:
             f"addr.type=unix,addr.path={socket}",
             "--export",
             "type=nbd,id=export,node-name=disk,writable=on,name=",
+            "--chardev",
+            f"socket,id=monitor,path={directory / 'monitor'},server=on,wait=off",
+            "--monitor",
+            "chardev=monitor",
         ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -159,19 +166,27 @@ def record_qemu(image: Image, script: list[Operation]) -> Recording:
     log = Log(directory / "log")
     try:
         storage = _connect(process, socket)
+        monitor = Monitor(directory / "monitor")
         oracle = Oracle(image.shown())
         for operation in script:
             log.read()
             log.mark(("begin", operation))
             oracle.begin(operation)
-            _perform(storage, operation)
+            if operation.kind in ("snapshot", "delete"):
+                monitor.snapshot(operation)
+            else:
+                _perform(storage, operation)
             log.read()
             if operation.kind == "discard":
                 oracle.observe(operation, bytes(drive(storage.read(0, image.size))), what=str(operation))
-                operation = Operation("seen", content=bytes(oracle.model))
             else:
                 oracle.done(operation)
+            if operation.kind in ("discard", "snapshot", "delete"):
+                # Of a snapshot QEMU does not say that it makes anything durable.
+                operation = Operation("seen", content=bytes(oracle.model))
             log.mark(("end", operation))
+        drive(storage.close())
+        monitor.close()
     finally:
         process.kill()
         process.communicate()
@@ -197,6 +212,38 @@ def _connect(process: subprocess.Popen[bytes], socket: Path) -> NbdStorage:
             sleep(0.01)
 
 
+class Monitor:
+    """QEMU's monitor (QMP), as far as snapshots need it."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket_module.socket(socket_module.AF_UNIX)
+        self._socket.settimeout(START_S)
+        self._socket.connect(str(path))
+        self._lines = self._socket.makefile("rb")
+        self._lines.readline()  # the greeting
+        self.ask("qmp_capabilities")
+
+    def ask(self, command: str, **arguments: str) -> None:
+        """Raises Violation if QEMU refuses."""
+        question = {"execute": command, "arguments": arguments}
+        self._socket.sendall(json.dumps(question).encode() + b"\n")
+        while True:
+            answer = json.loads(self._lines.readline() or b'{"error": "the monitor is gone"}')
+            if "error" in answer:
+                raise Violation(ENGINE, f"{command}: {answer['error']}")
+            if "return" in answer:
+                return
+
+    def snapshot(self, operation: Operation) -> None:
+        words = {"snapshot": "blockdev-snapshot-internal-sync"}
+        command = words.get(operation.kind, "blockdev-snapshot-delete-internal-sync")
+        self.ask(command, device="disk", name=operation.name)
+
+    def close(self) -> None:
+        self._lines.close()
+        self._socket.close()
+
+
 def _perform(storage: NbdStorage, operation: Operation) -> None:
     kind, offset, length = operation.kind, operation.offset, operation.length
     if kind in ("write", "fua"):
@@ -218,7 +265,8 @@ def side_by_side(seed: int, count: int, screen: Screen) -> list[Row]:
         for driver in ("enban", "QEMU"):
             total, flushes, asked = Tally(), 0, 0
             for number in range(count):
-                script = operations(image, seed + number, OPERATIONS)
+                # Applying a snapshot is nothing QEMU can do while a disk is in use.
+                script = [o for o in operations(image, seed + number, OPERATIONS) if o.kind != "apply"]
                 recording = record(image, script) if driver == "enban" else record_qemu(image, script)
                 flushes += sum(entry.kind == writelog.FLUSH for entry in recording.entries)
                 asked += sum(operation.kind in ("flush", "fua") for operation in script)
