@@ -14,7 +14,7 @@ import pytest
 from enban.aio import AsyncioRuntime
 from enban.block.runtime import BLOCKING, drive
 from enban.block.storage import Storage
-from enban.errors import FlushFailedError, HostError, NoSpaceError
+from enban.errors import FlushFailedError, HostError, NoSpaceError, UnsupportedOperationError
 from enban.filters import faults, writelog
 from enban.filters.base import Filter
 from enban.filters.delay import Delay
@@ -58,6 +58,8 @@ def test_everything_is_passed_on_but_the_short_cuts_past_write() -> None:
     filter_.lay_out(0, 10)
     filter_.zeroes_fast()
     drive(filter_.hold(writing=True))
+    with pytest.raises(UnsupportedOperationError):
+        drive(filter_.bitmaps(0, 10))
     assert filter_.size() == 100 and filter_.allocated() == spy.allocated()
     assert filter_.identity == spy.identity
     drive(filter_.close())

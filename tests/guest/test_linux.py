@@ -242,7 +242,7 @@ def test_a_debian_root_file_system_verifies_itself(tmp_path: Path, linux: dict[s
 
 @pytest.mark.long
 def test_a_bootable_disc_boots(tmp_path: Path) -> None:
-    """The disc of memtest86+: it is read far beyond its boot sector, and then its clock runs on the screen."""
+    """The disc of memtest86+: it is read far beyond its boot sector, then its clock runs on the screen."""
     try:
         (package,) = download(tmp_path, "memtest86+")
     except CannotBuild as error:

@@ -198,10 +198,10 @@ def test_a_directory_without_permission(tmp_path: Path, monkeypatch: pytest.Monk
     path.write_bytes(b"old")
     real = host.open_file
 
-    def open_file(path: str, *, writable: bool, create: bool = False, direct: bool = False) -> int:
+    def open_file(path: str, *, create: bool = False, **options: Any) -> int:
         if create:
             raise PermissionError(13, "Permission denied", path)
-        return real(path, writable=writable, create=create, direct=direct)
+        return real(path, create=create, **options)
 
     monkeypatch.setattr(host, "open_file", open_file)
     with pytest.raises(HostError, match="directory must be writable"):
