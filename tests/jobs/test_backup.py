@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,6 +15,7 @@ import enban.aio
 from enban.block.disk import Disk
 from enban.cli import main
 from enban.errors import EnbanError, HostError, ImageError, LockedError, UnsupportedOperationError, UsageError
+from tests.cli.command import command, environment
 from tests.support import KIB, MIB, check_file, make_qcow2, pattern
 
 
@@ -322,3 +324,39 @@ def test_convert_copies_bitmaps(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(line) == 0
     with enban.open(tmp_path / "u.qcow2") as disk:
         assert [b.name for b in disk.bitmaps()] == ["off"]
+
+
+def test_killed_backups_lose_no_change(tmp_path: Path) -> None:
+    """kill -9 at any time: there is no target and the bitmap is as it was, or the target is there, and whole."""
+    source = make_qcow2(tmp_path / "disk.qcow2", 64 * MIB)
+    full = tmp_path / "full.qcow2"
+    enban.backup(source, full, bitmap="b")
+    with enban.open(source, writable=True) as disk:
+        disk.pwrite(pattern(24 * MIB), MIB)
+    due, expected = changed(source), content(source)
+    target = tmp_path / "next.qcow2"
+    words = command("backup", "-B", "b", "--base", full, source, target)
+    unfinished = 0
+    for number in range(12):
+        process = subprocess.Popen(
+            words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            process.wait(0.06 + 0.03 * number)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(30)
+        left = changed(source)
+        check_file(source, leaks=True)
+        if target.exists():
+            assert content(target) == expected and left in (due, [])
+            if not left:
+                break
+            target.unlink()
+        else:
+            unfinished += 1
+            assert left == due
+    assert unfinished, "it was never killed in time"
+    if changed(source):
+        enban.backup(source, target, bitmap="b", base=full)
+    assert content(target) == expected and changed(source) == []
