@@ -47,6 +47,7 @@ class FakeDrive:
         self.kind = 101
         self.lead_out: int | None = None  # sectors; None is what the size says
         self.errors: dict[int | str, int] = {}
+        self.stale: list[int] = []  # sizes that the next descriptors show instead of the disc's
         self.spin_up = 0  # so many questions are answered with "not ready" after the tray was closed
 
     # -- what hands do
@@ -96,7 +97,7 @@ class FakeKernel(k.Kernel):
         if claim and drive.mounted:
             raise fail(errno.EBUSY)
         self.number += 1
-        self.opened[self.number] = (drive, drive.size)
+        self.opened[self.number] = (drive, drive.stale.pop(0) if drive.stale else drive.size)
         return self.number
 
     def close(self, fd: int) -> None:

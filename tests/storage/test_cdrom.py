@@ -142,6 +142,21 @@ def test_a_disc_without_a_table_of_contents_or_a_name(machine: Callable[..., Fak
 # -- transitions -----------------------------------------------------------------------------
 
 
+def test_a_size_that_is_behind_is_not_believed(machine: Callable[..., FakeKernel]) -> None:
+    """The table of contents says that the kernel has not noticed yet."""
+    fake = machine(sr0=FakeDrive(TWO))
+    hand = fake.all["sr0"]
+    hand.stale = [len(ONE), len(ONE)]
+    with enban.open("/dev/sr0") as disk:
+        assert disk.size == len(TWO)
+    hand.stale = [len(ONE)]
+    assert (Drive("/dev/sr0").disc() or pytest.fail("no disc")).size == len(TWO)
+    hand.lead_out = 400  # a disc whose table never agrees: the kernel's word counts
+    with enban.open("/dev/sr0") as disk:
+        assert disk.size == len(TWO)
+    assert not fake.opened
+
+
 def test_eject_close_and_lock(machine: Callable[..., FakeKernel]) -> None:
     fake = machine(sr0=FakeDrive(ONE))
     one, hand = Drive("/dev/sr0"), fake.all["sr0"]

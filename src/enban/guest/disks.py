@@ -20,10 +20,11 @@ from typing import Any
 import enban
 
 from ..block.disk import Disk
-from ..errors import EnbanError, UsageError
+from ..errors import EnbanError, NoMediumError, UsageError
 from ..exports.nbd import sockets
 from ..exports.nbd.export import ServedExport
 from ..exports.nbd.server import Server
+from ..storage.cdrom import find_drive
 from .settings import DiskSettings, Settings
 
 CDROM = "cdrom"
@@ -98,6 +99,7 @@ class Disks:
         self.socket = socket
         self.disks: list[GuestDisk] = []
         self.cdrom: GuestDisk | None = None
+        self.followed = ""  # the host's drive whose discs the guest gets, if any
         self._discs = 0
         self._log = log
         self._server: Server | None = None
@@ -109,7 +111,7 @@ class Disks:
             for number, one in enumerate(settings.disk_list()):
                 self.disks.append(_open(f"disk{number}", one, settings))
             if settings.cdrom:
-                self.cdrom = self.open_disc(settings.cdrom, settings)
+                self._first_disc(settings)
             exports = [one.export for one in self._all()]
             self._server = Server(exports, [sockets.listen_unix(self.socket)], log=self._log)
         except BaseException:
@@ -117,6 +119,13 @@ class Disks:
             raise
         self._thread = threading.Thread(target=self._server.run, name="guest-disks", daemon=True)
         self._thread.start()
+
+    def _first_disc(self, settings: Settings) -> None:
+        try:
+            self.cdrom = self.open_disc(settings.cdrom, settings)
+        except NoMediumError as error:  # the host's drive is empty: the guest's is too, until a disc comes
+            self._log(str(error))
+            self.followed = find_drive(settings.cdrom)
 
     def _all(self) -> list[GuestDisk]:
         return [*self.disks, *([self.cdrom] if self.cdrom is not None else [])]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import enban
 
 from ..errors import PeerError, UnsupportedOperationError, UsageError, from_oserror
+from ..storage.cdrom import DISC, CdromStorage, Drive
 from .command import DRIVE
 from .settings import LAYOUT
 
@@ -96,6 +97,23 @@ async def eject_cdrom(machine: Machine) -> None:
     await machine.execute("blockdev-del", {"node-name": disc.id})
     await machine.execute("blockdev-del", {"node-name": disc.node})
     await asyncio.to_thread(disks.change_disc, None)
+
+
+async def follow_drive(machine: Machine) -> None:
+    """Where the guest has the host's drive: take a disc that is gone out of the guest's drive, and put the
+    one that has come into it."""
+    disks = machine.disk_set
+    disc = disks.cdrom
+    if disc is not None:
+        drive = disc.disk.node.file
+        disks.followed = drive.name if isinstance(drive, CdromStorage) else ""
+        if not isinstance(drive, CdromStorage) or not await asyncio.to_thread(drive.has_changed):
+            return
+        machine.log(f"{drive.name}: the disc was taken out")
+        await eject_cdrom(machine)
+    if disks.followed and await asyncio.to_thread(Drive(disks.followed).state) == DISC:
+        await insert_cdrom(machine, disks.followed)
+        machine.log(f"{disks.followed}: a disc was put in")
 
 
 async def type_text(machine: Machine, text: str) -> None:

@@ -25,7 +25,7 @@ from time import monotonic_ns
 from types import TracebackType
 from typing import Any
 
-from ..errors import ClosedError, PeerError, UsageError
+from ..errors import ClosedError, EnbanError, PeerError, UsageError
 from . import live, states
 from .command import command_line
 from .console import Console
@@ -40,6 +40,7 @@ from .vnc import VncFront
 
 GRACE_S = 30.0
 TERM_S = 10.0
+FOLLOW_S = 1.0  # so often the host's CD-ROM drive is looked after
 
 
 class Machine:
@@ -65,6 +66,7 @@ class Machine:
         self._serial: list[str | list[str]] = []
         self._ports: list[asyncio.Task[None]] = []
         self._watcher: asyncio.Task[None] | None = None
+        self._follower: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()
         self._ended = asyncio.Event()
         self._loading = False  # a QEMU that ends now is not the end of the machine
@@ -126,6 +128,22 @@ class Machine:
             await self._begin_somehow(incoming=False)
         if not self.settings.paused:
             await self._resume()
+        self._follower = asyncio.create_task(self._follow_drive())
+
+    async def _follow_drive(self) -> None:
+        """A disc that is changed in the host's drive is changed in the guest's."""
+        told = ""
+        while self.running:
+            await asyncio.sleep(FOLLOW_S)
+            try:
+                async with self._changing:
+                    if self.running:
+                        await live.follow_drive(self)
+                told = ""
+            except EnbanError as error:
+                if str(error) != told:  # said once, tried again each time
+                    told = str(error)
+                    self.log(told)
 
     async def _begin_somehow(self, *, incoming: bool) -> None:
         """Start QEMU with KVM where it works, else TCG."""
@@ -266,7 +284,7 @@ class Machine:
         try:
             await self.kill()
             self._ended.set()
-            for task in (*self._ports, self._watcher):
+            for task in (*self._ports, self._watcher, self._follower):
                 if task is not None:
                     task.cancel()
                     await asyncio.wait([task])
@@ -510,6 +528,7 @@ class Machine:
     async def eject_cdrom(self) -> None:
         """Take the disc out of the drive, also if the guest has locked it."""
         async with self._changing:
+            self.disk_set.followed = ""
             await live.eject_cdrom(self)
 
     async def type_text(self, text: str) -> None:

@@ -51,6 +51,7 @@ _LEAD_OUT = 0xAA
 _LBA = 1
 _DATA_TRACK = 4
 _CHECK_S = 0.5  # while it is read, so often is looked whether the disc is still the same
+_SETTLE_S = (0.1, 0.3, 0.6)
 _NO_MEDIUM = getattr(errno, "ENOMEDIUM", 123)
 _NOT_KNOWN = (errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIO)
 
@@ -133,31 +134,18 @@ class Drive:
 
     def disc(self) -> Disc | None:
         """What lies in it; None without a disc that can be read. Raises HostError."""
-        with _Session(self) as fd:
-            if _state(self.kernel, fd, self.path) != DISC:
+        fd, state, size = _open_settled(self.kernel, self.path)
+        try:
+            if state != DISC:
                 return None
-            size = self.kernel.size(fd)
-            tracks, lead_out = self._contents(fd)
+            tracks, lead_out = _contents(self.kernel, fd)
             try:
                 kind = _KINDS.get(self.kernel.ioctl(fd, k.CDROM_DISC_STATUS), "unknown")
             except OSError:
                 kind = "unknown"
             return Disc(size, kind, self._volume(fd, size), tracks, lead_out)
-
-    def _contents(self, fd: int) -> tuple[tuple[int, int], int]:
-        """(first and last track, end of the last in bytes) of the table of contents."""
-        header = bytearray(2)
-        # struct cdrom_tocentry: track, adr and control, format, -, address (4), data mode, - - -
-        entry = bytearray((_LEAD_OUT, 0, _LBA, 0)) + bytearray(8)
-        try:
-            self.kernel.ioctl(fd, k.CDROMREADTOCHDR, header)
-            self.kernel.ioctl(fd, k.CDROMREADTOCENTRY, entry)
-        except OSError:
-            return (0, 0), 0  # some discs have none
-        import sys
-
-        lead_out = int.from_bytes(entry[4:8], sys.byteorder, signed=True)
-        return (header[0], header[1]), max(lead_out, 0) * SECTOR_BYTES
+        finally:
+            self.kernel.close(fd)
 
     def _volume(self, fd: int, size: int) -> str:
         """Volume identifier of the primary volume descriptor (ECMA-119, 8.4)."""
@@ -259,6 +247,48 @@ def _not_opened(error: OSError, path: str) -> HostError:
     return from_oserror(error, "open the drive", path, hint=hint)
 
 
+def _open_settled(kernel: Kernel, path: str) -> tuple[int, int, int]:
+    """(a new descriptor of a drive, its state, the size of what lies in it or 0). Raises HostError.
+
+    For a moment after a change the kernel may read the new disc and still have the size of the one before.
+    The table of contents comes from the disc itself: where it disagrees the drive is opened again, for the
+    second that this may take. Some discs never agree; then it is the kernel's word that counts.
+    """
+    for wait_s in (*_SETTLE_S, 0.0):
+        fd = _open(kernel, path)
+        try:
+            state = _state(kernel, fd, path)
+            if state != DISC:
+                return fd, state, 0
+            size = kernel.size(fd)
+            if not wait_s or _contents(kernel, fd)[1] in (0, size):
+                break
+        except OSError as error:
+            kernel.close(fd)
+            if isinstance(error, HostError):
+                raise
+            raise from_oserror(error, "look at the disc", path) from error
+        kernel.close(fd)
+        sleep(wait_s)
+    return fd, state, size
+
+
+def _contents(kernel: Kernel, fd: int) -> tuple[tuple[int, int], int]:
+    """(first and last track, end of the last in bytes) by the table of contents; zeros if there is none."""
+    header = bytearray(2)
+    # struct cdrom_tocentry: track, adr and control, format, -, address (4), data mode, - - -
+    entry = bytearray((_LEAD_OUT, 0, _LBA, 0)) + bytearray(8)
+    try:
+        kernel.ioctl(fd, k.CDROMREADTOCHDR, header)
+        kernel.ioctl(fd, k.CDROMREADTOCENTRY, entry)
+    except OSError:
+        return (0, 0), 0
+    import sys
+
+    lead_out = int.from_bytes(entry[4:8], sys.byteorder, signed=True)
+    return (header[0], header[1]), max(lead_out, 0) * SECTOR_BYTES
+
+
 def _state(kernel: Kernel, fd: int, path: str) -> int:
     try:
         state = kernel.ioctl(fd, k.CDROM_DRIVE_STATUS, k.CDSL_CURRENT)
@@ -327,20 +357,12 @@ class CdromStorage(Storage):
     def adopt(self) -> None:
         """Take what lies in the drive now, if anything, for the disc to read. Raises HostError."""
         with self._guard:
-            fd = _open(self._kernel, self.name)  # anew: only that shows the kernel another disc
-            try:
-                state = _state(self._kernel, fd, self.name)
-                changed_ms = _changed_ms(self._kernel, fd)
-                size = self._kernel.size(fd) if state == DISC else 0
-            except OSError as error:
-                self._kernel.close(fd)
-                if isinstance(error, HostError):
-                    raise
-                raise from_oserror(error, "look at the disc", self.name) from error
+            fd, state, size = _open_settled(self._kernel, self.name)
             old, self._fd = self._fd, fd
             if old >= 0:
                 self._kernel.close(old)
-            self._state, self._changed_ms, self._size = state, changed_ms, size
+            self._state, self._size = state, size
+            self._changed_ms = _changed_ms(self._kernel, fd)
             self._mark = self._mark_of(fd) if state == DISC else (0, b"")
             self._gone = False
             self._looked_s = monotonic()
