@@ -93,3 +93,8 @@ def test_what_is_no_time_is_refused(recording: Path, words: tuple[str, str]) -> 
 def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EnbanError, match="no such file"):
         doctor(tmp_path)
+
+
+def test_packets_are_not_json(recording: Path) -> None:
+    with pytest.raises(EnbanError, match=r"trace\.jsonl"):
+        doctor("--packets", "--output=json", recording)

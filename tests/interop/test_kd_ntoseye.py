@@ -23,8 +23,9 @@ from enban.serial.live import Live
 from enban.serial.recording import Recorder, replay
 from tests.serial import kd_kernel
 from tests.serial.kd_kernel import NUMBERS, Kernel
+from tests.serial.kd_lines import ClientStream
 from tests.serial.kd_machine import KERNEL_BASE, REGISTERS
-from tests.serial.kd_streams import LinkStream, listen_unix
+from tests.serial.kd_streams import listen_unix
 from tests.serial.kd_tap import Tap
 from tests.serial.kd_target import Faults, Target
 from tests.serial.lines import KINDS, Client, bridge, ends_of
@@ -223,7 +224,7 @@ def test_ntoseye_through_the_bridge(kernel: Kernel, tmp_path: Path, kind: str) -
         bridge(ends.bridge, f"unix:{path},listen", observers=live.observers, on_tick=live.tick) as running,
     ):
         client = (first or Client(ends.client)).connect()
-        with Target(LinkStream(client.up), machine) as target:
+        with Target(ClientStream(client), machine) as target:
             running.expect_guest()
             target.wait("running")
             assert_seen(attach(kernel, str(path)), kernel, target, machine.break_at)
@@ -231,7 +232,6 @@ def test_ntoseye_through_the_bridge(kernel: Kernel, tmp_path: Path, kind: str) -
             assert_seen(attach(kernel, str(path)), kernel, target, machine.break_at)
             target.wait("running")
             assert machine.breakpoints == {}
-        client.transport.close()
     assert told[0].startswith("doctor: healthy"), told
     again = replay(tmp_path / "rec")
     assert again.verdicts()[0].name == "healthy"

@@ -10,8 +10,6 @@ import select
 import socket
 from typing import Protocol
 
-from enban.serial.transports import Link, LinkEnded
-
 
 class Stream(Protocol):
     def read(self, timeout_s: float) -> bytes: ...
@@ -128,33 +126,6 @@ class ListeningStream:
         self.closed = True
         self._forget()
         self.listener.close()
-
-
-class LinkStream:
-    """A link of one of our transports."""
-
-    def __init__(self, link: Link) -> None:
-        self.link = link
-
-    def read(self, timeout_s: float) -> bytes:
-        try:
-            if not select.select([self.link.read_fd], [], [], timeout_s)[0]:
-                return b""
-            return self.link.read()
-        except LinkEnded as error:
-            raise EOFError from error
-
-    def write(self, data: bytes) -> None:
-        view = memoryview(data)
-        try:
-            while view:
-                if select.select([], [self.link.write_fd], [], 5)[1]:
-                    view = view[self.link.write(view) :]
-        except LinkEnded as error:
-            raise EOFError from error
-
-    def close(self) -> None:
-        self.link.close()
 
 
 def listen_unix(path: str) -> ListeningStream:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -205,6 +207,24 @@ def test_the_debugger_is_silent_after_an_exception() -> None:
     session.go()
     assert session.faults() == []
     assert any("waited 4.0 s" in line for line in session.doctor.verdicts()[-1].evidence)
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload"),
+    [
+        (k.STATE_CHANGE32, m.exception32(code=k.STATUS_BREAKPOINT, pc=0x80401000)),
+        (k.DEBUG_IO, m.prompt_string(b"Break or ignore? ", 2)),
+    ],
+    ids=["32 bits", "prompt"],
+)
+def test_what_else_freezes_a_guest(kind: int, payload: bytes) -> None:
+    session = Session()
+    for _ in range(4):
+        session.data(TARGET, kind, payload, acked=False)
+        session.wait(1000)
+    assert session.faults() == ["frozen-exception"]
+    session.ack(TARGET)
+    assert session.faults() == []
 
 
 def test_a_debugger_that_dies_at_an_exception_leaves_the_guest_frozen() -> None:
@@ -521,3 +541,29 @@ def test_any_session_gets_some_verdict(steps: list[tuple[int, bytes, int, int]])
             assert verdict.words()
             assert verdict.as_dict()["name"] == verdict.name
     assert doctor.verdicts()
+
+
+def test_memory_does_not_grow_with_a_session() -> None:
+    session = Session()
+    session.stop()
+
+    def rounds(count: int) -> None:
+        for number in range(count):
+            session.ask(answer=bytes(number % 500))
+            session.raw(TARGET, b"noise" * 9)
+            session.raw(TARGET, data_packet(k.MANIPULATE, session.ids[TARGET], bytes(60))[:-3])
+            session.raw(DEBUGGER, control_packet(k.RESEND))
+            session.raw(DEBUGGER, RESET)
+            session.ids = [k.INITIAL_ID, k.INITIAL_ID]
+            session.doctor.verdicts()
+
+    rounds(100)
+    tracemalloc.start()
+    try:
+        rounds(50)
+        before = tracemalloc.get_traced_memory()[0]
+        rounds(400)
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert grown < 20_000, grown

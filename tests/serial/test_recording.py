@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from enban.errors import EnbanError, HostError, UsageError
 from enban.serial.doctor import DEBUGGER, TARGET, Doctor
 from enban.serial.recording import BYTES, PIECE, Recorder, read, replay
+from enban.serial.tracking import MS
 from enban.wire.kd import constants as k
 from enban.wire.kd.parser import control_packet
 from tests.serial.kd_session import EXCEPTION, Session
+from tests.wire.kd_helpers import packets
 
 
 def frozen(session: Session) -> None:
@@ -79,6 +82,48 @@ def test_a_recording_gives_the_verdicts_of_the_session(
     again = replay(tmp_path / "rec").verdicts()
     assert [verdict.as_dict() for verdict in again] == [verdict.as_dict() for verdict in live]
     assert fault in [verdict.name for verdict in again]
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from([TARGET, DEBUGGER]),
+        st.sampled_from(["saw", "saw", "saw", "saw", "tick", "opened", "closed"]),
+        packets() | st.binary(max_size=30) | st.just(b"b") | st.just(b"0000\x07\0"),
+        st.integers(0, 3000),
+    ),
+    max_size=25,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example([(TARGET, "saw", b"0000\x07\0", 0), (TARGET, "tick", b"", 2500), (DEBUGGER, "saw", b"b", 2500)])
+@given(STEPS)
+def test_any_recording_gives_the_verdicts_of_the_session(
+    tmp_path: Path, steps: list[tuple[int, str, bytes, int]]
+) -> None:
+    """Whenever somebody asked during the session: a replay knows nothing of that."""
+    folder = tmp_path / "rec"
+    shutil.rmtree(folder, ignore_errors=True)
+    recorder = Recorder(folder, 0)
+    doctor = Doctor(on_event=recorder.event)
+    doctor.tick(0)
+    now_ns = 0
+    for side, what, data, ms in steps:
+        now_ns += ms * MS
+        for observer in (recorder, doctor):
+            if what == "saw":
+                observer.saw(side, data, now_ns)
+            elif what == "tick":
+                observer.tick(now_ns)
+            else:
+                getattr(observer, what)(side, now_ns)
+        if what == "tick":
+            doctor.verdicts(now_ns)
+    now_ns += 1500 * MS
+    live = doctor.verdicts(now_ns)
+    recorder.close(now_ns)
+    again = replay(folder).verdicts()
+    assert [verdict.as_dict() for verdict in again] == [verdict.as_dict() for verdict in live]
 
 
 def test_the_bytes_and_the_lines_are_there(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ def run(arguments: Arguments) -> int:
     from enban.serial.recording import replay
     from enban.serial.verdicts import FAULT
 
+    if arguments.on("--packets") and arguments.text("--output") == "json":
+        raise UsageError("--packets is for people", hint="for programs: trace.jsonl in the recording")
     path = arguments.operands[0]
     timeout_ns = _seconds(arguments, "--timeout", "1", least_ns=SECOND // 1000)
     until_ns = _seconds(arguments, "--at", "0") if arguments.on("--at") else None

@@ -119,6 +119,8 @@ class Doctor:
 
     def saw(self, side: int, data: bytes | bytearray | memoryview, when_ns: int) -> None:
         """Bytes that a side sent."""
+        if not data:
+            return
         self.tick(when_ns)
         sender = self.sides[side]
         sender.took(len(data), when_ns, bool(sender.parser.pending) or self._owes(side))
@@ -140,11 +142,11 @@ class Doctor:
             self.began_ns = self.now_ns = self.progress_ns = when_ns
         self.now_ns = max(self.now_ns, when_ns)
         for side, sender in enumerate(self.sides):
-            # No sender pauses inside a packet for longer than its peer waits for an ACK.
-            if (sender.parser.pending or sender.parser.noise) and (
-                self.now_ns - sender.last_ns > 2 * self.timeout_ns
-            ):
-                self._took(side, sender.parser.idle(), self.now_ns)
+            # No sender pauses inside a packet for longer than its peer waits for an ACK. The time of it is
+            # when that was certain, not when somebody happened to ask: a replay must come to the same.
+            silent_ns = sender.last_ns + 2 * self.timeout_ns
+            if (sender.parser.pending or sender.parser.noise) and self.now_ns > silent_ns:
+                self._took(side, sender.parser.idle(), silent_ns)
 
     def verdicts(self, when_ns: int | None = None) -> list[Verdict]:
         """What is the matter, the gravest first; one verdict "healthy" if nothing is."""

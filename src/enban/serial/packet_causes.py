@@ -49,9 +49,8 @@ def frozen(doctor: Doctor) -> Verdict | None:
     debugger, flight = doctor.debugger, stuck(doctor, doctor.target)
     if flight is not None and freezes(flight):
         evidence = [flight_words(doctor, flight), debugger_words(doctor)]
-        summary = (
-            "the debugger is silent after an exception: the guest is frozen, by design, until one answers"
-        )
+        at = "an exception" if what.is_exception else "a prompt"
+        summary = f"the debugger is silent after {at}: the guest is frozen, by design, until one answers"
     elif what.is_exception and doctor.stop_acked_ns:
         idle = doctor.now_ns - doctor.progress_ns
         # Gone, or another has come that has not asked anything yet.

@@ -36,7 +36,7 @@ VERSION = 1
 TRACE = "trace.jsonl"
 LONGEST_LINE = 1 << 20
 PIECE = 1 << 16
-BYTES, OPENED, CLOSED, INJECTED, END = "bytes", "opened", "closed", "injected", "end"
+START, BYTES, OPENED, CLOSED, INJECTED, END = "recording", "bytes", "opened", "closed", "injected", "end"
 
 
 class Recorder:
@@ -59,7 +59,7 @@ class Recorder:
         except OSError as error:
             raise from_oserror(error, "make the recording", str(folder)) from error
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self._write(now_ns, {"kind": "recording", "version": VERSION, "started": started})
+        self._write(now_ns, {"kind": START, "version": VERSION, "started": started})
 
     def opened(self, side: int, when_ns: int) -> None:
         self._write(when_ns, {"kind": OPENED, "side": SIDES[side]})
@@ -68,6 +68,8 @@ class Recorder:
         self._write(when_ns, {"kind": CLOSED, "side": SIDES[side]})
 
     def saw(self, side: int, data: bytes | bytearray | memoryview, when_ns: int) -> None:
+        if not data:
+            return
         offset = self._offsets[side]
         try:
             self._raw[side].write(data)
@@ -160,11 +162,11 @@ def _moments(lines: IO[bytes], raw: tuple[IO[bytes], IO[bytes]], name: str) -> I
         try:
             fields = json.loads(line)
             kind, t_ns = fields["kind"], fields["t"]
-            if number == 1 and (kind, fields["version"]) != ("recording", VERSION):
+            if number == 1 and (kind, fields["version"]) != (START, VERSION):
                 raise _broken(name, 1, f"does not begin a recording of version {VERSION}")
-            if kind not in (BYTES, OPENED, CLOSED, INJECTED, END):
+            if kind not in (START, BYTES, OPENED, CLOSED, INJECTED, END):
                 continue
-            side = SIDES.index(fields["side"]) if kind != END else 0
+            side = SIDES.index(fields["side"]) if kind not in (START, END) else 0
             if not isinstance(t_ns, int) or t_ns < last_ns:
                 raise _broken(name, number, "goes back in time")
             last_ns = t_ns
