@@ -15,6 +15,7 @@ import pytest
 from enban.errors import EnbanError
 from enban.serial import debug_port
 from enban.serial.port import read_spec
+from tests.cli.command import command, environment
 from tests.serial.boot_sector import GREETING, boot_sector
 from tests.serial.lines import Client, bridge, free_port, until
 from tests.support import needs
@@ -50,7 +51,7 @@ def guest(folder: Path, *serial: str) -> Iterator[subprocess.Popen[bytes]]:
 def talk(debugger: Client) -> float:
     """The greeting whole, then every byte comes back as it went. Returns exchanges of 16 bytes a second."""
     assert debugger.receive(len(GREETING)) == GREETING
-    data = random.Random(3).randbytes(5000)
+    data = random.Random(3).randbytes(2000)
     for start in range(0, len(data), 16):
         debugger.send(data[start : start + 16])
         assert debugger.receive(len(data[start : start + 16])) == data[start : start + 16]
@@ -96,6 +97,7 @@ def test_no_byte_is_lost_and_a_hundred_exchanges_a_second(name: str, tmp_path: P
     assert rate >= 100
 
 
+@pytest.mark.long
 @needs_guest
 def test_a_pty_of_qemus_own(tmp_path: Path) -> None:
     """QEMU makes the pty, and drops what the guest says until it has seen somebody there: it stands still
@@ -160,6 +162,46 @@ def test_the_debug_port_is_connected_before_the_guest_runs(spec: str, tmp_path: 
     debugger.close()
     assert (record / "target.raw").read_bytes().startswith(GREETING)
     assert not (path.exists() and spec.startswith("kd:unix"))
+
+
+@needs_guest
+def test_enban_run_gives_a_debug_port(tmp_path: Path) -> None:
+    (tmp_path / "boot.img").write_bytes(boot_sector())
+    words = [
+        "run",
+        "-f",
+        "raw",
+        "--bus",
+        "ide",
+        "--accel",
+        "tcg",
+        "-m",
+        "16M",
+        "--grace",
+        "1",
+        "--name",
+        tmp_path.name,
+    ]
+    words += ["--no-terminal", "--serial", f"kd:unix={tmp_path / 'kd'},record={tmp_path / 'rec'}"]
+    with (tmp_path / "told").open("wb") as told:
+        process = subprocess.Popen(
+            command(*words, str(tmp_path / "boot.img")), env=environment(), stdout=told, stderr=told
+        )
+    try:
+        # A socket that is there before QEMU is: nothing the guest says can be missed.
+        until((tmp_path / "kd").exists, "the debug port")
+        debugger = Client(f"unix:{tmp_path / 'kd'}").connect()
+        assert talk(debugger) > 0
+        debugger.close()
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        finally:
+            process.kill()
+    assert process.returncode == 143 or process.returncode == 0, (tmp_path / "told").read_text()
+    assert (tmp_path / "rec" / "target.raw").read_bytes().startswith(GREETING)
+    assert not (tmp_path / "kd").exists()
 
 
 @pytest.mark.parametrize(

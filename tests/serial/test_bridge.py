@@ -282,7 +282,7 @@ def test_tcp_links_never_wait(tmp_path: Path, client: Callable[[str], Client]) -
             assert guest.receive(2) == b"ab"
             guest.send(b"c")
             assert debugger.receive(1) == b"c"
-        assert monotonic() - started < 1.0
+        assert monotonic() - started < 1.6
 
 
 def test_without_descriptors_it_goes_on(
