@@ -1,8 +1,7 @@
 """Makes enban's tables of keys and layouts from the data kept in scripts/keyboard.
 
-    .venv/bin/python scripts/keyboard_tables.py            # rewrites
-    src/enban/guest/keyboard/{key,layout}_data.py .venv/bin/python scripts/keyboard_tables.py --check    #
-    exit code 1 if that would change them
+    .venv/bin/python scripts/keyboard_tables.py            # rewrites key_data.py, layout_data.py and keys.md
+    .venv/bin/python scripts/keyboard_tables.py --check    # exit code 1 if that would change them
 
 keymaps.csv is keycodemapdb's (3-clause BSD, LICENSE.keycodemapdb), xkb.tsv is taken from xkb-data by
 keyboard_sources.py (MIT and X11 licences, LICENSE.xkb-data). Both name a key by its XKB name, which is how
@@ -174,19 +173,46 @@ def layout_module(keys: dict[str, Key], xkb: list[list[str]]) -> str:
     return "\n".join([*lines, line, '"""', ""])
 
 
+def page(keys: dict[str, Key], xkb: list[list[str]]) -> str:
+    """docs/reference/keys.md."""
+    table = key_module(keys, xkb).split('"""\\\n')[1].split('"""')[0].splitlines()
+    lines = [
+        "# Keys",
+        "",
+        "Every key that enban knows, by its name in each world. Written by `scripts/keyboard_tables.py` from",
+        "keycodemapdb and xkb-data. What a layout has on a key is told by `enban keys show -k LAYOUT KEY`;",
+        "how to use it all is in [Type on a guest's keyboard](../how-to/keyboards.md).",
+        "",
+        "| key | PC set 1 | Linux, Wayland | X (evdev) | X (kbd) | USB HID | XKB | KeyboardEvent.code |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for line in table:
+        name, sent, set1, evdev, x, kbd, usb, _, names, browser = line.split()
+        code = int(set1, 16)
+        words = [
+            f"`{name}`" if name == sent else f"`{name}` (sent as `{sent}`)",
+            f"{code:02x}" if code < 0x100 else f"e0 {code & 0xFF:02x}",
+            *(evdev, x, kbd),
+            f"{int(usb, 16):02x}" if usb != "-" else "",
+            *(text.replace(",", ", ") for text in (names, browser)),
+        ]
+        lines.append("| " + " | ".join("" if word == "-" else word for word in words) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     keys, xkb = read_keys(), read_xkb()
     code = 0
-    for name, text in (
-        ("key_data.py", key_module(keys, xkb)),
-        ("layout_data.py", layout_module(keys, xkb)),
+    for path, text in (
+        (TARGET / "key_data.py", key_module(keys, xkb)),
+        (TARGET / "layout_data.py", layout_module(keys, xkb)),
+        (HERE.parent / "docs" / "reference" / "keys.md", page(keys, xkb)),
     ):
-        if "--check" in sys.argv[1:]:
-            if (TARGET / name).read_text() != text:
-                print(f"{name} is not what the kept data gives", file=sys.stderr)
-                code = 1
-        else:
-            (TARGET / name).write_text(text)
+        if "--check" not in sys.argv[1:]:
+            path.write_text(text)
+        elif path.read_text() != text:
+            print(f"{path.name} is not what the kept data gives", file=sys.stderr)
+            code = 1
     return code
 
 

@@ -20,7 +20,7 @@ from tests.support import needs
 needs_qemu = needs("qemu-system-x86_64", "qemu-system-x86")
 
 # QEMU 7.2's PS/2 keyboard has no code for these in the set that PC firmware and systems choose (set 2):
-# nothing reaches a guest by any route. Its USB keyboard sends LANG1 and LANG2.
+# nothing reaches a guest by any route.
 PS2_DROPS = {
     "lf",
     "lang1",

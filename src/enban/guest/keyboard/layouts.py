@@ -54,6 +54,8 @@ _COST = (0, 1, 2, 3)
 # Places of xkb-data that are not printed on keyboards, so that other systems have nothing there: they cost
 # more.
 _UNPRINTED = {("ja", "0", SHIFT), ("fr", "grave_accent", SHIFT), ("fr", "a", ALTGR)}
+# Keyboards without the key beside the left Shift, which xkb-data gives characters in every layout.
+_NO_102ND = ("ja", "en-us", "ko")
 # Of two keys with one character these come last: Yen types a yen sign where the guest's layout is a newer
 # one, and the key beside the left Shift is not on every keyboard.
 _LAST = ("less", "yen")
@@ -131,6 +133,8 @@ class Layout:
         self.others: dict[Key, tuple[str, ...]] = {}
         for line in (COMMON + LAYOUTS[name]).splitlines():
             word, *symbols = line.split()
+            if word == "less" and name in _NO_102ND:
+                continue
             key = by_name(word)
             four = ["" if symbol == "-" else symbol for symbol in symbols[:4]]
             self.levels[key] = tuple(four + [""] * (4 - len(four)))

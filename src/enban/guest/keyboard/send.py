@@ -33,7 +33,7 @@ _POLL_MS = 0.5, 20.0  # the first and the longest pause between two looks at the
 class Monitor(Protocol):
     """What of QMP is needed here: `qemu.qmp.QMPClient`, or anything with the same `execute`."""
 
-    async def execute(self, cmd: str, arguments: Mapping[str, object] | None = None) -> object: ...
+    async def execute(self, cmd: str, /, arguments: Mapping[str, object] | None = None) -> object: ...
 
 
 class Pacer:
