@@ -37,6 +37,7 @@ REQUESTS = (
     ("screenshot", "FILE", "write what the screen shows to a PNG file"),
     ("disk resize", "DISK SIZE", "make a disk larger; the guest sees it"),
     ("disk snapshot", "DISK TAG", "snapshot of one disk alone"),
+    ("disk pull", "DISK", "make a disk independent of its backing files"),
     ("disk backup", "DISK FILE", "copy a disk as it is now to a new image"),
 )
 
@@ -141,6 +142,7 @@ _PRINTERS: dict[str, Callable[[Any], None]] = {
     "snapshot save": lambda found: print(
         f"{common.human_size(found['vm-state-size'])} of memory and devices"
     ),
+    "disk pull": lambda found: print(f"{common.human_size(found)} copied"),
     "commit": lambda found: print(f"{common.human_size(found)} written into the images"),
 }
 

@@ -172,6 +172,7 @@ ACTIONS: dict[str, Action] = {
     "disk-snapshot": lambda machine, request: machine.snapshot_disk(
         str(request["disk"]), str(request["tag"])
     ),
+    "disk-pull": lambda machine, request: machine.pull_disk(str(request["disk"])),
     "disk-backup": lambda machine, request: machine.backup_disk(str(request["disk"]), str(request["path"])),
 }
 
