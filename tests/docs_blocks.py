@@ -118,6 +118,7 @@ class Reader:
             **os.environ,
             "PATH": f"{programs}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin",
             "PYTHONPATH": str(ROOT / "src"),
+            "CHECKOUT": str(ROOT),
             "TZ": "UTC",
             "LC_ALL": "C.UTF-8",
         }

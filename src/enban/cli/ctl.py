@@ -34,9 +34,13 @@ REQUESTS = (
         "KEYS...",
         "press keys together, one chord after the other: ctrl-alt-delete; --text types a text",
     ),
+    ("console", "", "print what the guest's console has said, up to 1 MiB"),
+    ("say", "TEXT", "type a line into the console"),
+    ("expect", "PATTERN", "wait until the console says it (a regular expression), after the last such match"),
     ("screenshot", "FILE", "write what the screen shows to a PNG file"),
     ("disk resize", "DISK SIZE", "make a disk larger; the guest sees it"),
     ("disk snapshot", "DISK TAG", "snapshot of one disk alone"),
+    ("disk pull", "DISK", "make a disk independent of its backing files"),
     ("disk backup", "DISK FILE", "copy a disk as it is now to a new image"),
 )
 
@@ -64,6 +68,10 @@ def run(arguments: Arguments) -> int:
             settings["path"] = _absolute(values[1])
     elif request.startswith("snapshot ") and values:
         settings["tag"] = values[0]
+    elif request == "say":
+        settings["text"] = values[0]
+    elif request == "expect":
+        settings = {"pattern": values[0], "timeout": _seconds(arguments.text("--timeout", "60"))}
     elif request == "screenshot" or request == "cdrom insert":
         settings["path"] = _absolute(values[0])
     result = ask(name, do, **settings)
@@ -141,6 +149,9 @@ _PRINTERS: dict[str, Callable[[Any], None]] = {
     "snapshot save": lambda found: print(
         f"{common.human_size(found['vm-state-size'])} of memory and devices"
     ),
+    "disk pull": lambda found: print(f"{common.human_size(found)} copied"),
+    "console": lambda found: print(found.replace("\r\n", "\n"), end=""),
+    "expect": lambda found: print(found.replace("\r\n", "\n")),
     "commit": lambda found: print(f"{common.human_size(found)} written into the images"),
 }
 
@@ -151,6 +162,7 @@ VERB = Verb(
     "ctl NAME REQUEST",
     (
         Flag("--text", "With keys: type this text", value="TEXT"),
+        Flag("--timeout", "With expect: seconds to wait (60)", value="SECONDS"),
         Flag("--force", "With shutdown: end QEMU without asking the guest"),
         Flag("--grace", "With shutdown: seconds the guest has (30)", value="SECONDS"),
         common.OUTPUT,

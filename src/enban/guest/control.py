@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -152,6 +153,21 @@ async def _keys(machine: Machine, request: Mapping[str, Any]) -> Any:
         await machine.press(str(chord))
 
 
+async def _expect(machine: Machine, request: Mapping[str, Any]) -> Any:
+    pattern, timeout_s = str(request["pattern"]), float(request.get("timeout", 60))
+    try:
+        found = await machine.console.wait_for(pattern.encode(), timeout_s)
+    except re.error as error:
+        raise UsageError(f"'{pattern}' is no regular expression: {error}") from error
+    except TimeoutError:
+        raise PeerError(f"the guest's console has not said '{pattern}' within {timeout_s:g} s") from None
+    return found[0].decode(errors="replace")
+
+
+async def _console(machine: Machine, request: Mapping[str, Any]) -> Any:
+    return machine.console.text.decode(errors="replace")
+
+
 ACTIONS: dict[str, Action] = {
     "status": _status,
     "disks": _disks,
@@ -166,12 +182,16 @@ ACTIONS: dict[str, Action] = {
     "commit": lambda machine, request: machine.commit(),
     "cdrom-insert": lambda machine, request: machine.insert_cdrom(str(request["path"])),
     "cdrom-eject": lambda machine, request: machine.eject_cdrom(),
+    "console": _console,
+    "say": lambda machine, request: machine.console.write(str(request["text"]).encode() + b"\n"),
+    "expect": _expect,
     "keys": _keys,
     "screenshot": lambda machine, request: machine.screenshot(str(request["path"])),
     "disk-resize": lambda machine, request: machine.resize_disk(str(request["disk"]), int(request["size"])),
     "disk-snapshot": lambda machine, request: machine.snapshot_disk(
         str(request["disk"]), str(request["tag"])
     ),
+    "disk-pull": lambda machine, request: machine.pull_disk(str(request["disk"])),
     "disk-backup": lambda machine, request: machine.backup_disk(str(request["disk"]), str(request["path"])),
 }
 
