@@ -159,8 +159,7 @@ async def _waves(
             for task in stuck:
                 task.cancel()
             raise Violation(ENGINE, f"{len(stuck)} of {tasks} requests did not end in {STUCK_S:.0f} seconds")
-        for task in done:
-            error = None if task.cancelled() else task.exception()
+        for error in [None if task.cancelled() else task.exception() for task in done]:
             if error is not None:
                 raise Violation(ENGINE, f"a request failed: {error}") from error
         try:
@@ -297,9 +296,9 @@ def ambush(image: Image, seed: int, *, rounds: int = 20) -> int:
                 await asyncio.wait(tasks[-1:], timeout=0.002)  # it may have to wait for the one that is held
             hold.release()
             done, stuck = await asyncio.wait(tasks, timeout=STUCK_S)
-            for task in done:
-                if task.exception() is not None:
-                    raise Violation(ENGINE, f"a request failed: {task.exception()}")
+            for error in [task.exception() for task in done]:
+                if error is not None:
+                    raise Violation(ENGINE, f"a request failed: {error}") from error
             if stuck:
                 for task in stuck:
                     task.cancel()
