@@ -83,6 +83,13 @@ def reused_while_a_request_still_reads(patch: MonkeyPatch) -> None:
     patch.setattr(Ledger, "oldest", property(lambda ledger: ledger.newest + 1))
 
 
+@mutant("storm", "512-snap")
+def write_in_place_lost_when_a_snapshot_is_made(patch: MonkeyPatch) -> None:
+    """The lab found this one in the engine: a write in place was under way, a snapshot was made, and
+    another write to the same cluster copied it too early."""
+    patch.setattr(Qcow2Node, "switches", property(lambda node: 0, lambda node, value: None), raising=False)
+
+
 @mutant("storm")
 def request_lost_on_cancel(patch: MonkeyPatch) -> None:
     end = Ledger.end

@@ -93,7 +93,8 @@ def test_a_discarded_range_of_a_medium_reads_as_zeros() -> None:
 
 @pytest.mark.parametrize("image", [image for image in KINDS if not image.external], ids=repr)
 def test_ambush(image: Image) -> None:
-    assert ambush(image, 1) == 200
+    for seed in range(3):
+        assert ambush(image, seed) >= 200
 
 
 @pytest.mark.parametrize("name", PARTS)

@@ -163,10 +163,14 @@ def _place(extent: Extent, data: bytes, buffer: memoryview, offset: GuestOffset)
 async def write(node: Node, buffer: memoryview, offset: GuestOffset) -> None:
     """Write guest bytes. On an error each unit of the range is as before or as asked."""
     length = len(buffer)
+    switches = node.switches
     host = node.locate_write(offset, length)
     if host >= 0:
         await node.data.write(buffer, host)
-        return
+        if switches == node.switches:
+            return
+        # A snapshot was made meanwhile. The place is its too now, and another write may have copied the
+        # unit before our bytes were there: write again, where the disk has it now.
     if length <= node.unit and node.runtime.blocking and write_now(node, buffer, offset):
         return
     position = 0

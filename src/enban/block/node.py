@@ -111,6 +111,7 @@ class Node:
         self.backing_format = ""
         self.ranges: RangeLocks = RangeLocks(runtime)
         self.ledger: Ledger | None = None
+        self.switches = 0  # raised whenever all tables change at once: what was ours alone may be shared
         self.generation = 0  # raised whenever space that held packed data may be used anew
         self.unpacked: dict[tuple[int, int], bytes] = {}  # the mover's few last inflated units
 

@@ -80,6 +80,11 @@ class History:
         end = self.now()
         for cell, events in enumerate(cells):
             self._check_cell(cell, events, content[cell * CELL : cell * CELL + CELL], end, end + 1)
+        self.check_reads(reads)
+
+    def check_reads(self, reads: list[tuple[int, int, int, bytes]]) -> None:
+        """reads: (began, ended, offset, bytes)."""
+        cells = self.by_cell()
         for began, ended, offset, data in reads:
             for cell in range(offset // CELL, (offset + len(data)) // CELL):
                 at = cell * CELL - offset

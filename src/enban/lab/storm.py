@@ -8,6 +8,7 @@ the requests would show. The same load recorded is cut into crash states.
 from __future__ import annotations
 
 import asyncio
+from itertools import count
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from enban.formats.qcow2.node import Qcow2Node
 
 from .crash_states import Replay
 from .history import CELL, History
-from .images import EXTERNAL, IMAGES, KIB, OTHERS, Image, Medium
+from .images import EXTERNAL, IMAGES, KIB, OTHERS, SNAPSHOTS, Image, Medium
 from .oracle import CORRUPT, ENGINE, FOREIGN, LEAK, Violation
 from .qcow2_reader import Memo
 
@@ -31,7 +32,12 @@ if TYPE_CHECKING:
     from enban.block.door import Door
     from enban.block.storage import ReadBuffer, Storage, WriteBuffer
 
-KINDS = (*IMAGES, EXTERNAL, *(image for image in OTHERS if image.name in ("raw", "qcow-4k-chain", "1k-v2")))
+KINDS = (
+    *IMAGES,
+    EXTERNAL,
+    *SNAPSHOTS,
+    *(image for image in OTHERS if image.name in ("raw", "qcow-4k-chain", "1k-v2")),
+)
 SIZE = 128 * KIB
 STUCK_S = 30.0  # a storm that is not over by then hangs
 
@@ -49,28 +55,55 @@ def nothing_remains(door: Door) -> None:
 
 
 class Storm:
-    """Random requests on a disk, with a history of what they did."""
+    """Random requests on a disk, with a history of what they did.
 
-    def __init__(self, seed: int, size: int, initial: bytes) -> None:
+    snapshots: whether internal snapshots come and go meanwhile. shots: when each was being made."""
+
+    def __init__(self, seed: int, size: int, initial: bytes, *, snapshots: bool = False) -> None:
         self.random = Random(seed)
         self.size = size
         self.history = History(initial)
         self.reads: list[tuple[int, int, int, bytes]] = []
         self.flushes: list[tuple[int, int]] = []  # (began, ended) of those that were answered
+        self.snapshots = snapshots
+        self.shots: dict[str, tuple[int, int]] = {}
+        self._named = count(1)
 
     def draw(self) -> tuple[str, int, int]:
         random = self.random
-        operation = random.choices(("write", "read", "zero", "discard", "flush"), (50, 20, 12, 12, 6))[0]
+        kinds = ("write", "read", "zero", "discard", "flush", "snapshot")
+        operation = random.choices(kinds, (50, 20, 12, 12, 6, 2 * self.snapshots))[0]
         length = random.choice((CELL, 512, 3 * CELL, 4096, 6 * KIB, 20 * KIB))
         offset = random.randrange(self.size // CELL) * CELL
         return operation, offset, min(length, self.size - offset)
+
+    async def keep(self, disk: AsyncDisk, began: int) -> None:
+        """Make a snapshot, or delete one if there are some."""
+        if len(self.shots) > 2:
+            name = next(iter(self.shots))
+            del self.shots[name]
+            await disk.delete_snapshot(name)
+            return
+        name = f"s{next(self._named)}"
+        try:
+            await disk.create_snapshot(name)
+        finally:  # cancelled, there may be one all the same
+            if any(snapshot.name == name for snapshot in disk.snapshots):
+                self.shots[name] = began, self.history.now()
+
+    def check_snapshots(self, shown: dict[str, bytes]) -> None:
+        """What a snapshot shows is what a read of the whole disk could have seen while it was made."""
+        reads = [(*self.shots[name], 0, content) for name, content in shown.items() if name in self.shots]
+        self.history.check_reads(reads)
 
 
 async def request(storm: Storm, disk: AsyncDisk, operation: str, offset: int, length: int) -> None:
     """One request, entered in the storm's history as it begins and ends."""
     history = storm.history
     began = history.now()
-    if operation == "flush":
+    if operation == "snapshot":
+        await storm.keep(disk, began)
+    elif operation == "flush":
         await disk.flush()
         storm.flushes.append((began, history.now()))
     elif operation == "read":
@@ -126,8 +159,7 @@ async def _waves(
             for task in stuck:
                 task.cancel()
             raise Violation(ENGINE, f"{len(stuck)} of {tasks} requests did not end in {STUCK_S:.0f} seconds")
-        for task in done:
-            error = None if task.cancelled() else task.exception()
+        for error in [None if task.cancelled() else task.exception() for task in done]:
             if error is not None:
                 raise Violation(ENGINE, f"a request failed: {error}") from error
         try:
@@ -143,9 +175,10 @@ def _weather(medium: Medium, seed: int) -> Delay:
 
 def storm(image: Image, seed: int, *, waves: int = 4, tasks: int = 250) -> int:
     """One storm on an image in memory. Returns how many requests there were. Raises Violation."""
+    snapshots = image.snapshots
     image = Image(image.name, SIZE, format=image.format, backing=image.backing, **image.options)
     size, initial = SIZE, image.shown()
-    weather = Storm(seed, size, initial)
+    weather = Storm(seed, size, initial, snapshots=snapshots)
 
     async def scenario() -> None:
         runtime = AsyncioRuntime(threads=2)
@@ -169,6 +202,10 @@ def storm(image: Image, seed: int, *, waves: int = 4, tasks: int = 250) -> int:
             raise Violation(LEAK, f"{what}: {len(report.leaks)} leaked clusters", image=medium.content)
         if view.read()[:size] != content:
             raise Violation(FOREIGN, f"{what}: it reads differently", image=medium.content)
+        try:
+            weather.check_snapshots(view.snapshots())
+        except AssertionError as error:
+            raise Violation(FOREIGN, f"{what}, in a snapshot: {error}", image=medium.content) from error
 
     try:
         asyncio.run(scenario())
@@ -226,7 +263,8 @@ def ambush(image: Image, seed: int, *, rounds: int = 20) -> int:
     async def scenario() -> None:
         nonlocal requests
         runtime = AsyncioRuntime(threads=1)
-        hold = Hold(Medium(runtime, image.empty()))
+        medium = Medium(runtime, image.empty())
+        hold = Hold(medium)
         disk = AsyncDisk(await image.open(hold), runtime)
 
         def start(kind: str, offset: int, length: int) -> asyncio.Task[None]:
@@ -247,14 +285,20 @@ def ambush(image: Image, seed: int, *, rounds: int = 20) -> int:
             others += [("flush", 0, 0)]
             others += [("write", place(), random.choice((512, 4096))) for _ in range(4)]
             others += [("flush", 0, 0), ("read", 0, size)]
+            if (
+                image.snapshots and random.random() < 0.5
+            ):  # its cluster becomes another one's too, and is copied
+                cluster = offset // image.cluster * image.cluster
+                beside = min(cluster + random.randrange(image.cluster // CELL) * CELL, size - CELL)
+                others[:1] = [("snapshot", 0, 0), ("write", beside, CELL)]
             for kind, at, span in others:
                 tasks.append(start(kind, at, span))
                 await asyncio.wait(tasks[-1:], timeout=0.002)  # it may have to wait for the one that is held
             hold.release()
             done, stuck = await asyncio.wait(tasks, timeout=STUCK_S)
-            for task in done:
-                if task.exception() is not None:
-                    raise Violation(ENGINE, f"a request failed: {task.exception()}")
+            for error in [task.exception() for task in done]:
+                if error is not None:
+                    raise Violation(ENGINE, f"a request failed: {error}") from error
             if stuck:
                 for task in stuck:
                     task.cancel()
@@ -262,6 +306,7 @@ def ambush(image: Image, seed: int, *, rounds: int = 20) -> int:
         content = await disk.pread(size, 0)
         weather.history.check(content, weather.reads)
         await disk.close()
+        weather.check_snapshots(image.view(medium.content).snapshots())
 
     try:
         asyncio.run(scenario())

@@ -362,11 +362,14 @@ class Transmission:
                             late.append(request)
                             continue
                 elif may_write:
+                    switches = node.switches
                     place = locate_write(base + offset, length)
                     if place >= 0 and place + length <= data.size():
                         try:
                             n = pwrite(fd, source[payload : payload + length], place)
                         except OSError:
+                            n = -1
+                        if switches != node.switches:  # a snapshot was made: the place may not be ours
                             n = -1
                     elif place < 0 and write_now(node, source[payload : payload + length], base + offset):
                         n = length

@@ -300,6 +300,7 @@ class _Switch:
         node.cache.clear()
         node.l1_dirty.clear()
         node.packed_end = 0
+        node.switches += 1
         node.generation += 1
         node.unpacked.clear()
         refcounts.moved = None
