@@ -47,7 +47,8 @@ def prose(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", FOLLOWED, ids=name_of)
 def test_blocks_do_what_the_page_says(page: Path, tmp_path: Path) -> None:
     """If a page is behind: python -m tests.docs_blocks PAGE, and read what it changed."""
-    assert Reader(page, tmp_path).follow() > 0
+    told_not_to = all(not block.run for block in blocks(page) if block.language in ("console", "python"))
+    assert Reader(page, tmp_path).follow() > 0 or told_not_to
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
