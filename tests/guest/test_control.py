@@ -102,7 +102,10 @@ def test_every_request_by_name(tmp_path: Path) -> None:
         enban_("ctl", name, "screenshot", tmp_path / "screen.png")
         assert (tmp_path / "screen.png").read_bytes().startswith(b"\x89PNG")
         enban_("ctl", name, "keys", "ctrl-alt-f1")
-        enban_("ctl", name, "keys", "--text", "hello")
+        enban_("ctl", name, "type", "hello")
+        enban_("ctl", name, "type", "-k", "ja", "C:\\dir")
+        assert "'é'" in enban_("ctl", name, "type", "-k", "ja", "café", code=1)
+        assert "klingon" in enban_("ctl", name, "type", "-k", "klingon", "x", code=1)
         assert "no such" in enban_("ctl", name, "screenshot", tmp_path / "no" / "screen.png", code=1)
 
         enban_("ctl", name, "disk", "resize", "disk0", "2M")

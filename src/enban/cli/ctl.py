@@ -29,11 +29,8 @@ REQUESTS = (
     ("commit", "", "keep what was written since `run --snapshot`"),
     ("cdrom insert", "PATH", "put a disc into the drive"),
     ("cdrom eject", "", "take it out"),
-    (
-        "keys",
-        "KEYS...",
-        "press keys together, one chord after the other: ctrl-alt-delete; --text types a text",
-    ),
+    ("keys", "KEYS...", "press keys together, one chord after the other: ctrl-alt-delete"),
+    ("type", "TEXT", "type a text on the guest's keyboard; -k is the layout the guest is set to"),
     ("console", "", "print what the guest's console has said, up to 1 MiB"),
     ("say", "TEXT", "type a line into the console"),
     ("expect", "PATTERN", "wait until the console says it (a regular expression), after the last such match"),
@@ -54,8 +51,8 @@ def run(arguments: Arguments) -> int:
     settings: dict[str, Any] = {}
     if request == "keys":
         settings = {"chords": values}
-        if arguments.on("--text"):
-            settings["text"] = arguments.text("--text")
+    elif request == "type":
+        settings = {"text": values[0], "layout": arguments.text("-k")}
     elif request == "shutdown":
         settings = {"force": arguments.on("--force"), "grace": _seconds(arguments.text("--grace", "30"))}
     elif request.startswith("disk "):
@@ -161,7 +158,7 @@ VERB = Verb(
     "Speak to a guest that `enban run` runs, by its name.",
     "ctl NAME REQUEST",
     (
-        Flag("--text", "With keys: type this text", value="TEXT"),
+        Flag("-k --layout", "With type: keyboard layout, else the one `run -k` was told", value="LAYOUT"),
         Flag("--timeout", "With expect: seconds to wait (60)", value="SECONDS"),
         Flag("--force", "With shutdown: end QEMU without asking the guest"),
         Flag("--grace", "With shutdown: seconds the guest has (30)", value="SECONDS"),
@@ -174,6 +171,7 @@ VERB = Verb(
         ("keep the whole machine as it is", "ctl disk snapshot save clean"),
         ("and bring it back", "ctl disk snapshot load clean"),
         ("see what it shows", "ctl disk screenshot screen.png"),
+        ("type on a Japanese keyboard", "ctl disk type -k ja 'C:\\dir'"),
     ),
     words=[(f"{request} {values}".strip(), text) for request, values, text in REQUESTS],
 )

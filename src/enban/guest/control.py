@@ -147,10 +147,12 @@ async def _snapshot_save(machine: Machine, request: Mapping[str, Any]) -> Any:
 
 
 async def _keys(machine: Machine, request: Mapping[str, Any]) -> Any:
-    if "text" in request:
-        await machine.type_text(str(request["text"]))
     for chord in request.get("chords", ()):
         await machine.press(str(chord))
+
+
+async def _type(machine: Machine, request: Mapping[str, Any]) -> Any:
+    await machine.type_text(str(request["text"]), str(request.get("layout", "")))
 
 
 async def _expect(machine: Machine, request: Mapping[str, Any]) -> Any:
@@ -186,6 +188,7 @@ ACTIONS: dict[str, Action] = {
     "say": lambda machine, request: machine.console.write(str(request["text"]).encode() + b"\n"),
     "expect": _expect,
     "keys": _keys,
+    "type": _type,
     "screenshot": lambda machine, request: machine.screenshot(str(request["path"])),
     "disk-resize": lambda machine, request: machine.resize_disk(str(request["disk"]), int(request["size"])),
     "disk-snapshot": lambda machine, request: machine.snapshot_disk(

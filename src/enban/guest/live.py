@@ -116,10 +116,10 @@ async def follow_drive(machine: Machine) -> None:
         machine.log(f"{disks.followed}: a disc was put in")
 
 
-async def type_text(machine: Machine, text: str) -> None:
+async def type_text(machine: Machine, text: str, layout: str) -> None:
     from .keyboard import send_strokes, text_strokes
 
-    await send_strokes(machine, text_strokes(text, machine.settings.layout or LAYOUT))
+    await send_strokes(machine, text_strokes(text, layout or machine.settings.layout or LAYOUT))
 
 
 async def press(machine: Machine, chord: str) -> None:

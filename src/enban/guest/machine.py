@@ -537,9 +537,10 @@ class Machine:
             self.disk_set.followed = ""
             await live.eject_cdrom(self)
 
-    async def type_text(self, text: str) -> None:
-        """Type a text on the guest's keyboard, in the machine's layout."""
-        await live.type_text(self, text)
+    async def type_text(self, text: str, layout: str = "") -> None:
+        """Type a text on the guest's keyboard. layout: that the guest is set to; "" is the machine's.
+        Raises UsageError, with nothing typed, if the layout lacks a character."""
+        await live.type_text(self, text, layout)
 
     async def press(self, chord: str) -> None:
         """Press keys together: "ctrl-alt-delete"."""
