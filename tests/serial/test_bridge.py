@@ -233,6 +233,30 @@ def test_who_is_silent_gives_way_to_who_speaks(tmp_path: Path, client: Callable[
         assert guest.receive(5) == b"hello"
 
 
+def test_a_cable_gives_way_after_a_long_silence(
+    tmp_path: Path, client: Callable[[str], Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can tell whether a debugger is still at its end."""
+    monkeypatch.setattr("enban.serial.bridge.SILENT_S", 0.5)
+    cable = client(f"pty:{tmp_path / 'tty'}")
+    with bridge(
+        f"unix:{tmp_path / 'g'},listen", f"tty:{tmp_path / 'tty'}", f"unix:{tmp_path / 'd'},listen"
+    ) as running:
+        guest = client(f"unix:{tmp_path / 'g'}").connect()
+        running.expect_guest()
+        cable.connect().send(b"cable")
+        assert guest.receive(5) == b"cable"
+        other = client(f"unix:{tmp_path / 'd'}").connect()
+        other.send(b"too early")
+        running.expect("only watches")
+        sleep(0.6)
+        other.send(b"other")
+        assert guest.receive(5) == b"other"
+        sleep(0.6)
+        cable.send(b"not now")  # who is at a socket is there until it leaves
+        running.expect("only watches", 2)
+
+
 def test_a_watcher_that_does_not_read_slows_nobody(tmp_path: Path, client: Callable[[str], Client]) -> None:
     with bridge(
         f"unix:{tmp_path / 'g'},listen",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -12,6 +13,7 @@ from enban.serial.injection import Injector
 from enban.serial.live import Live
 from enban.serial.recording import replay
 from enban.wire.kd import constants as k
+from tests.cli.command import command, environment
 from tests.serial.kd_debugger import Debugger
 from tests.serial.kd_lines import ClientStream
 from tests.serial.kd_machine import KERNEL_BASE, Machine
@@ -170,3 +172,34 @@ def test_a_slow_line_brings_no_storm(tmp_path: Path) -> None:
             assert monotonic() - started > 4000 * 10 / 38400
         # Each of its packets once: the state, and an answer for each request but the last, which is "go on".
         assert sum(target.sent.values()) == len(target.requests), target.sent
+
+
+@pytest.mark.long
+def test_the_command_heals_and_says_so(tmp_path: Path) -> None:
+    """`--doctor --inject-reset`, in real seconds: the verdict, the RESET, and that it is over."""
+    told = tmp_path / "told"
+    ends = [f"unix:{tmp_path / 'g'},listen", f"unix:{tmp_path / 'd'},listen"]
+    with told.open("wb") as file:
+        words = command("serial", "bridge", "--doctor", "--inject-reset", "--record", tmp_path / "rec", *ends)
+        process = subprocess.Popen(words, env=environment(), stderr=file)
+    try:
+        until((tmp_path / "d").exists, "the bridge")
+        with (
+            kernel(Client(f"unix:{tmp_path / 'g'}").connect()) as target,
+            Debugger(ClientStream(Client(f"unix:{tmp_path / 'd'}").connect())) as debugger,
+        ):
+            target.wait("running")
+            target.hit(target.machine.break_at)
+            debugger.state()  # taken, acknowledged, and forgotten
+            until(lambda: "injected towards the guest" in told.read_text(), "the RESET", 60)
+            assert "[frozen-exception]" in told.read_text()
+            debugger.id_in = k.INITIAL_ID
+            assert debugger.state()["pc"] == target.machine.break_at
+            debugger.leave()
+            target.wait("running")
+            until(lambda: "no longer so: frozen-exception" in told.read_text(), "it is over")
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
+    names = [verdict.name for verdict in replay(tmp_path / "rec").verdicts()]
+    assert "frozen-exception" not in names

@@ -302,8 +302,9 @@ class Bridge:
             return
         active = self._active
         if active is not None:
-            silent = active.spoke and monotonic() - active.spoken < SILENT_S
-            if (active.spoke and active.transport.knows_peer) or silent:
+            # Of a cable nobody knows whether anyone is at its end.
+            here = active.transport.knows_peer or monotonic() - active.spoken < SILENT_S
+            if active.spoke and here:
                 return
         self._activate(peer)
 
