@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from enban.block.runtime import BLOCKING
 from enban.formats.qcow2.node import Qcow2Node
-from enban.lab import parts
+from enban.lab import live, parts
 from enban.lab.campaign import PARTS, Campaign, Screen, make_parts
 from enban.lab.crash import Explorer, record
 from enban.lab.fuzz import load, one
@@ -57,6 +58,12 @@ def test_tables_from_memory_mean_what_they_mean_anew() -> None:
     explorer._judge = both  # type: ignore[method-assign]
     explorer.explore()
     assert seen > 200
+
+
+@pytest.mark.parametrize("job", [live.commit_in_a_storm, live.pull_in_a_storm])
+@pytest.mark.parametrize("image", live.KINDS, ids=repr)
+def test_jobs_in_a_storm(image: Image, job: Callable[[Image, int], int]) -> None:
+    assert job(image, 1) == 720
 
 
 def test_shrink_finds_the_two_that_matter() -> None:

@@ -15,6 +15,8 @@ from .faultwalk import WAYS, walk, walk_failing_flush, walk_sizes
 from .findings import Finding
 from .fulldisk import Place, fill
 from .images import ALL, EXTERNAL, Image
+from .live import KINDS as LIVE_KINDS
+from .live import commit_in_a_storm, pull_in_a_storm
 from .oracle import Violation
 from .shrink import shrink
 from .storm import CROWDED, ambush, explore_crowd, storm
@@ -191,6 +193,11 @@ class StormPart(Part):
         self.beat()
         if not image.external:
             self.count("requests", ambush(image, seed))
+            self.beat()
+        place = self.kinds.index(image)
+        if place < 4:
+            job = pull_in_a_storm if place % 2 else commit_in_a_storm
+            self.count("requests", job(LIVE_KINDS[place // 2], seed))
             self.beat()
         if image in CROWDED:
             self.count("crash states", explore_crowd(image, seed, tick=self.beat))
