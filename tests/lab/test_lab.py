@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic, sleep
 
 import pytest
 
@@ -20,8 +22,8 @@ from enban.lab.qcow2_reader import Memo
 from enban.lab.shrink import shrink
 from enban.lab.storm import KINDS, ambush
 from enban.lab.workload import Operation, operations, parse_script
+from tests.cli.command import command, environment, refused
 from tests.cli.command import enban as cli
-from tests.cli.command import refused
 from tests.lab.mutants import flush_does_not_write_the_tables
 
 CORPUS = Path(__file__).parents[2] / "fuzz" / "corpus"
@@ -153,6 +155,22 @@ def test_a_campaign_ends_in_time_and_counts(tmp_path: Path) -> None:
     answer = campaign.as_dict()
     assert answer["findings"] == [] and answer["seed"] == 1
     assert "states" in campaign.table() and not list(tmp_path.iterdir())
+
+
+def test_a_signal_ends_it_and_nothing_stays(tmp_path: Path) -> None:
+    """While a server is being killed over and over: no process, no directory is left."""
+    here = {"TMPDIR": str(tmp_path), **environment()}
+    words = command("torture", "kill", "--time", "60s", "-p")
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=here, text=True)
+    deadline = monotonic() + 20
+    while not list(tmp_path.glob("enban-kill-*/socket")):
+        assert process.poll() is None and monotonic() < deadline
+        sleep(0.05)
+    process.terminate()
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 143, err
+    assert "kill" in out and "no promise was broken" in out and "terminated" in err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.long
