@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from time import monotonic, sleep
 
 import pytest
 
 from enban.block.runtime import BLOCKING
 from enban.formats.qcow2.node import Qcow2Node
-from enban.lab import parts
+from enban.lab import live, parts
 from enban.lab.campaign import PARTS, Campaign, Screen, make_parts
 from enban.lab.crash import Explorer, record
 from enban.lab.fuzz import load, one
@@ -19,8 +22,8 @@ from enban.lab.qcow2_reader import Memo
 from enban.lab.shrink import shrink
 from enban.lab.storm import KINDS, ambush
 from enban.lab.workload import Operation, operations, parse_script
+from tests.cli.command import command, environment, refused
 from tests.cli.command import enban as cli
-from tests.cli.command import refused
 from tests.lab.mutants import flush_does_not_write_the_tables
 
 CORPUS = Path(__file__).parents[2] / "fuzz" / "corpus"
@@ -57,6 +60,12 @@ def test_tables_from_memory_mean_what_they_mean_anew() -> None:
     explorer._judge = both  # type: ignore[method-assign]
     explorer.explore()
     assert seen > 200
+
+
+@pytest.mark.parametrize("job", [live.commit_in_a_storm, live.pull_in_a_storm])
+@pytest.mark.parametrize("image", live.KINDS, ids=repr)
+def test_jobs_in_a_storm(image: Image, job: Callable[[Image, int], int]) -> None:
+    assert job(image, 1) == 720
 
 
 def test_shrink_finds_the_two_that_matter() -> None:
@@ -146,6 +155,22 @@ def test_a_campaign_ends_in_time_and_counts(tmp_path: Path) -> None:
     answer = campaign.as_dict()
     assert answer["findings"] == [] and answer["seed"] == 1
     assert "states" in campaign.table() and not list(tmp_path.iterdir())
+
+
+def test_a_signal_ends_it_and_nothing_stays(tmp_path: Path) -> None:
+    """While a server is being killed over and over: no process, no directory is left."""
+    here = {"TMPDIR": str(tmp_path), **environment()}
+    words = command("torture", "kill", "--time", "60s", "-p")
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=here, text=True)
+    deadline = monotonic() + 20
+    while not list(tmp_path.glob("enban-kill-*/socket")):
+        assert process.poll() is None and monotonic() < deadline
+        sleep(0.05)
+    process.terminate()
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 143, err
+    assert "kill" in out and "no promise was broken" in out and "terminated" in err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.long

@@ -57,6 +57,7 @@ _MAKERS = (
     "backup",
     "stream",
     "cdrom",
+    "torture",
 )
 _ERROR = {"compare": 2}  # where 1 means something else than "failed"
 

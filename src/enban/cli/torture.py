@@ -44,6 +44,8 @@ def run(arguments: Arguments) -> int:
         common.print_json(campaign.as_dict())
     elif not arguments.on("-q") or findings:
         print(campaign.table())
+    if campaign.stopped is not None and not findings:
+        raise campaign.stopped
     return 1 if findings else 0
 
 

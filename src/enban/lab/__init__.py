@@ -9,6 +9,7 @@ The fault model and the promises are in docs/durability.md; everything here foll
     crash             the crash explorer: every state checked, compared, a sample opened and used
     faultwalk         each storage call fails, in each way it can; full disks, pretended and real
     history, storm    overlapping requests with cancellations; what serial orders explain
+    live              commits and pulls of a disk in use, in a storm
     kill              a server process under load, killed at random moments
     fuzz, damage      images broken with knowledge of their structure
     blackbox, peer    other people's servers; QEMU's own qcow2 through its write log

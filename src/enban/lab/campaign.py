@@ -138,6 +138,7 @@ class Campaign:
         self.directory = directory
         self.screen = screen
         self.findings: list[Finding] = []
+        self.stopped: KeyboardInterrupt | None = None  # what ended it early
         self.soak = Soak()
         self.began = monotonic()
         for part in parts:
@@ -154,7 +155,8 @@ class Campaign:
                 self._run_pieces()
             else:
                 self._run_rounds()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
+            self.stopped = stopped
             self.screen.line("interrupted: what follows is what was done until then")
         finally:
             for part in self.parts:

@@ -4,7 +4,7 @@ All storage calls of a workload are recorded. The record is replayed up to each 
 made up in which unflushed changes are missing, reordered and torn, and each is read by the
 independent reader: at most leaks, every flushed sector there, every unflushed one old or new,
 never foreign bytes; a snapshot is there as a whole or not at all, and its bytes never change.
-A sample is opened by the engine, written to, closed, and checked again.
+A sample is opened by the engine, written to, closed, checked again, its leaks are repaired.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from enban.errors import EnbanError
 from enban.filters import writelog
 from enban.filters.faults import Faults
 from enban.filters.writelog import WriteLog
+from enban.formats.qcow2.opening import open_qcow2
+from enban.formats.qcow2.repair import repair_image
 
 from .crash_states import Replay
 from .images import Image, Medium
@@ -261,3 +263,21 @@ def reopen(image: Image, state: bytes | bytearray, seed: int, what: str) -> None
         raise Violation(CORRUPT, f"{what}: reopened and written to: {'; '.join(report.corruptions[:4])}")
     if view.read() != oracle.model:
         raise Violation(ENGINE, f"{what}: reopened and written to, it reads differently")
+    if report.leaks:
+        _repair(image, medium, bytes(oracle.model), what)
+
+
+def _repair(image: Image, medium: Medium, content: bytes, what: str) -> None:
+    """Leaks are given back, and nothing else changes."""
+    try:
+        node = drive(open_qcow2("image", BLOCKING, medium, writable=True, metadata_only=True))
+        drive(repair_image(node, "leaks"))
+        drive(node.close())
+    except EnbanError as error:
+        raise Violation(ENGINE, f"{what}: repaired: {error}") from error
+    view = image.view(medium.content)
+    report = view.check()
+    if not report.clean:
+        raise Violation(CORRUPT, f"{what}: repaired: {report.corruptions[:4]}, leaks {report.leaks[:4]}")
+    if view.read() != content:
+        raise Violation(ENGINE, f"{what}: repaired, it reads differently")

@@ -9,12 +9,16 @@ from __future__ import annotations
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from enban.filters import faults
+
 from .crash import Explorer, Tally, record
 from .faultwalk import KINDS as FAULT_KINDS
 from .faultwalk import WAYS, walk, walk_failing_flush, walk_sizes
 from .findings import Finding
 from .fulldisk import Place, fill
 from .images import ALL, EXTERNAL, Image
+from .live import KINDS as LIVE_KINDS
+from .live import commit_in_a_storm, pull_in_a_storm
 from .oracle import Violation
 from .shrink import shrink
 from .storm import CROWDED, ambush, explore_crowd, storm
@@ -94,7 +98,21 @@ class CrashPart(Part):
         self.script = script
 
     def work(self, image: Image, seed: int) -> None:
-        self._explore(image, seed, self.script or operations(image, seed, OPERATIONS, reopens=True))
+        self._explore(image, seed, self.script or self._workload(image, seed))
+
+    def _workload(self, image: Image, seed: int) -> list[Operation]:
+        """In every fourth workload storage calls fail as well; snapshots and resizes are for the others."""
+        calm = not self._fails(seed)
+        return operations(image, seed, OPERATIONS, reopens=calm, resizes=calm, snapshots=calm)
+
+    def _fails(self, seed: int) -> bool:
+        return seed % 4 == 3
+
+    def _decide(self, seed: int) -> faults.Decide | None:
+        if not self._fails(seed):
+            return None
+        kind = (faults.FLUSH, faults.WRITE)[seed // 4 % 2]
+        return faults.fail_at(seed // 8 % 12 + 1, operations=(kind,))
 
     def _explore(self, image: Image, seed: int, script: list[Operation], *, counted: bool = True) -> None:
         before = 0
@@ -106,7 +124,7 @@ class CrashPart(Part):
             before = states
             self.beat()
 
-        recording = record(image, script)
+        recording = record(image, script, decide=self._decide(seed))
         explorer = Explorer(
             recording, seed, subsets=self.subsets, scattered=self.scattered, tick=progress, reopen_every=64
         )
@@ -116,6 +134,7 @@ class CrashPart(Part):
             if counted:
                 tally: Tally = explorer.tally
                 self.count("workloads")
+                self.count("with failures", bool(recording.failures))
                 self.count("with leaks", tally.leaking)
                 self.count("reopened", tally.reopened)
 
@@ -131,7 +150,7 @@ class CrashPart(Part):
                 return True
             return False
 
-        script = self.script or operations(image, seed, OPERATIONS, reopens=True)
+        script = self.script or self._workload(image, seed)
         short = shrink(script, fails, seconds=SHRINK_S)
         fails(short)
         return Finding(self.name, image.name, seed, worst, script=short, before=image.empty())
@@ -191,6 +210,11 @@ class StormPart(Part):
         self.beat()
         if not image.external:
             self.count("requests", ambush(image, seed))
+            self.beat()
+        place = self.kinds.index(image)
+        if place < 4:
+            job = pull_in_a_storm if place % 2 else commit_in_a_storm
+            self.count("requests", job(LIVE_KINDS[place // 2], seed))
             self.beat()
         if image in CROWDED:
             self.count("crash states", explore_crowd(image, seed, tick=self.beat))

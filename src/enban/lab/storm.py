@@ -67,6 +67,7 @@ class Storm:
         self.flushes: list[tuple[int, int]] = []  # (began, ended) of those that were answered
         self.snapshots = snapshots
         self.shots: dict[str, tuple[int, int]] = {}
+        self.past_shots: dict[str, tuple[int, int]] = {}  # of those that were deleted again
         self._named = count(1)
 
     def draw(self) -> tuple[str, int, int]:
@@ -81,7 +82,7 @@ class Storm:
         """Make a snapshot, or delete one if there are some."""
         if len(self.shots) > 2:
             name = next(iter(self.shots))
-            del self.shots[name]
+            self.past_shots[name] = self.shots.pop(name)
             await disk.delete_snapshot(name)
             return
         name = f"s{next(self._named)}"
@@ -93,7 +94,8 @@ class Storm:
 
     def check_snapshots(self, shown: dict[str, bytes]) -> None:
         """What a snapshot shows is what a read of the whole disk could have seen while it was made."""
-        reads = [(*self.shots[name], 0, content) for name, content in shown.items() if name in self.shots]
+        shots = {**self.past_shots, **self.shots}
+        reads = [(*shots[name], 0, content) for name, content in shown.items() if name in shots]
         self.history.check_reads(reads)
 
 
@@ -125,7 +127,7 @@ async def request(storm: Storm, disk: AsyncDisk, operation: str, offset: int, le
             history.end(event, certain=certain)
 
 
-async def _stream(storm: Storm, disk: AsyncDisk, requests: int, cancel: float) -> None:
+async def stream(storm: Storm, disk: AsyncDisk, requests: int, cancel: float) -> None:
     """A client that sends one request after the other."""
     for _ in range(requests):
         task = asyncio.create_task(request(storm, disk, *storm.draw()))
@@ -147,7 +149,7 @@ async def _waves(
     for wave in range(waves):
         if streams and wave % 2:
             running = [
-                asyncio.create_task(_stream(storm, disk, tasks // streams, cancel)) for _ in range(streams)
+                asyncio.create_task(stream(storm, disk, tasks // streams, cancel)) for _ in range(streams)
             ]
         else:
             running = [asyncio.create_task(request(storm, disk, *storm.draw())) for _ in range(tasks)]
@@ -321,15 +323,20 @@ def ambush(image: Image, seed: int, *, rounds: int = 20) -> int:
 
 # -- power cuts in a crowd -------------------------------------------------------------------
 
-CROWDED = [image for image in IMAGES if image.name in ("512", "4k-v2-chain", "16k-ext-chain")]
+CROWDED = [
+    image
+    for image in (*IMAGES, *SNAPSHOTS)
+    if image.name in ("512", "4k-v2-chain", "16k-ext-chain", "512-snap")
+]
 
 
 def crowd(image: Image, seed: int) -> tuple[bytes, list[writelog.Entry], Storm]:
     """Overlapping requests, some cancelled, on a slow recorded storage: (the image at the start, the
     record, the storm)."""
+    snapshots = image.snapshots
     image = Image(image.name, 48 * KIB, backing=image.backing, **image.options)
     start = bytes(image.empty())
-    weather = Storm(seed, image.size, image.shown())
+    weather = Storm(seed, image.size, image.shown(), snapshots=snapshots)
 
     async def scenario() -> list[writelog.Entry]:
         runtime = AsyncioRuntime(2)
@@ -377,6 +384,8 @@ def explore_crowd(
                 raise Violation(CORRUPT, f"{what}: {report.corruptions[:4]}", image=state)
             try:
                 weather.history.check_crash(view.read(), flushed, now, cells)
+                if image.snapshots and not states % 20:
+                    weather.check_snapshots(view.snapshots())
             except AssertionError as error:
                 raise Violation(FOREIGN, f"{what}: {error}", image=state) from error
             states += 1
