@@ -133,6 +133,18 @@ def test_shortcuts_keep_their_modifiers() -> None:
         assert translator.event(False, keysym) == [(by_name(name), False)]
 
 
+@pytest.mark.parametrize("letter", ["a", "A"])
+def test_shortcuts_mind_no_case(letter: str) -> None:
+    """Caps Lock of the host, or a script: Ctrl+A is Ctrl+A, and Ctrl+Shift+A is with Shift, whatever is
+    written."""
+    translator, guest = KeysymTranslator("en-us"), Typist("en-us")
+    guest.take(translator.event(True, CONTROL_L))
+    assert translator.event(True, ord(letter)) == [(by_name("a"), True)]
+    assert translator.event(False, ord(letter)) == [(by_name("a"), False)]
+    guest.take(translator.event(True, SHIFT_L))
+    assert translator.event(True, ord(letter)) == [(by_name("a"), True)]
+
+
 def test_altgr_of_windows_clients() -> None:
     """They say Control_L and Alt_R for AltGr; the guest must not see Control beside the character."""
     translator, guest = KeysymTranslator("de"), Typist("de")

@@ -63,6 +63,8 @@ JAPANESE_ONLY = {0xFF21, 0xFF28, 0xFF29, 0xFF2A, 0xFF2F, 0xFF30}
 # AltGr: nothing to a layout without it.
 _ALTGR_ONLY = {0xFE03, 0xFF7E}
 
+_SHORTCUT = ("ctrl", "ctrl_r", "alt", "meta_l", "meta_r")
+
 Event = tuple[Key, bool]
 
 
@@ -147,10 +149,15 @@ class KeysymTranslator:
 
     def _changes(self, key: Key, level: int) -> list[Event]:
         """What must be pressed or let go so that the guest takes `key` at `level`."""
-        if self._caps and self._is_letter(key):
-            level ^= SHIFT
         held = list(dict.fromkeys(self._held.values()))
         shifts = [each for each in held if each.name in ("shift", "shift_r")]
+        if level < ALTGR and self._is_letter(key):
+            if self._caps:
+                level ^= SHIFT
+            if any(each.name in _SHORTCUT for each in held):
+                # In Ctrl+A nobody means the case of the letter: the Shift that is held is the one that is
+                # meant.
+                level = level & ~SHIFT | (SHIFT if shifts else 0)
         altgr = [each for each in held if each.name == "alt_r"] if self._layout.has_altgr else []
         changes: list[Event] = []
         if not level & SHIFT:
