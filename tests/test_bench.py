@@ -129,6 +129,14 @@ def test_the_goals_of_the_project_are_the_goals_of_the_bench() -> None:
         "nbd: 4k random read, 4 connections, depth 32": 2.5,
         "nbd: 4k random read, depth 32, not in page cache": 1,
         "nbd: nbdcopy of a compressed qcow2": 1.5,
+        "snapshot -c, 64 GiB allocated in order": 2,
+        "snapshot -d, 64 GiB allocated in order": 2,
+        "snapshot -c, 64 GiB allocated, shuffled": 2,
+        "snapshot -d, 64 GiB allocated, shuffled": 2,
+        "commit, 512 MiB of data": 1.2,
+        "rebase, 512 MiB of data": 1.2,
+        "open meta-4G with snapshot=True, at most 5 ms": 1,
+        "open meta-1T with snapshot=True, at most 5 ms": 1,
     }
 
 

@@ -37,6 +37,7 @@ from enban.errors import (
     HostError,
     LockedError,
     UnsupportedFeatureError,
+    UsageError,
 )
 from enban.filters import faults
 from enban.filters.base import Filter
@@ -857,6 +858,75 @@ def test_case_17_second_writer_is_refused_between_qemu_and_us(tmp_path: Path) ->
 
 
 TIB = 1 << 40
+
+
+def test_case_18_a_mixed_chain_keeps_its_base(tmp_path: Path) -> None:
+    """Elsewhere deleting an overlay of a chain with internal and external snapshots deleted the base.
+    Here both layers have internal snapshots; those of the overlay are made, applied and deleted, the overlay
+    is streamed, written in snapshot mode and removed: the base and its snapshots stay, to the byte."""
+    base = make_qcow2(tmp_path / "base", MIB, cluster_size=4096)
+    with enban.open(base, writable=True) as disk:
+        disk.pwrite(pattern(300_000, 1), 0)
+        disk.create_snapshot("shared name")
+        disk.pwrite(pattern(300_000, 2), 100_000)
+    kept = base.read_bytes()
+    overlay = make_qcow2(
+        tmp_path / "overlay", MIB, cluster_size=4096, backing_file="base", backing_fmt="qcow2"
+    )
+    with enban.open(overlay, writable=True) as disk:
+        disk.create_snapshot("shared name")
+        disk.pwrite(pattern(200_000, 3), 50_000)
+        disk.create_snapshot("other")
+        disk.apply_snapshot("shared name")
+        before = disk.pread(MIB, 0)
+        disk.delete_snapshot("other")
+        disk.delete_snapshot("shared name")
+        disk.pull()
+        assert disk.pread(MIB, 0) == before
+    with enban.open(overlay, snapshot=True) as disk:
+        disk.write_zeroes(0, MIB)
+    assert base.read_bytes() == kept
+    overlay.unlink()
+    assert base.read_bytes() == kept and sorted(p.name for p in tmp_path.iterdir()) == ["base"]
+    with enban.open(base, snapshot_name="shared name") as disk:
+        assert disk.pread(300_000, 0) == pattern(300_000, 1)
+    check_file(base)
+
+
+@pytest.mark.parametrize("damage", ["L1 outside the file", "L2 outside the file", "no such name"])
+@pytest.mark.parametrize("action", ["delete", "apply"])
+def test_case_19_nothing_is_done_before_all_was_checked(tmp_path: Path, damage: str, action: str) -> None:
+    """Elsewhere a snapshot was partly removed before it was found that it could not be. Here the tables of a
+    snapshot are broken, or it does not exist: the image stays as it is, to the byte."""
+    path = make_qcow2(tmp_path / "disk", MIB, cluster_size=4096)
+    with enban.open(path, writable=True) as disk:
+        disk.pwrite(pattern(600_000, 1), 0)
+        disk.create_snapshot("good")
+        disk.pwrite(pattern(600_000, 2), 200_000)
+        disk.create_snapshot("bad")
+        disk.pwrite(pattern(600_000, 3), 400_000)
+        bad = disk.snapshots[1]
+    image = bytearray(path.read_bytes())
+    snapshots = int.from_bytes(image[64:72], "big")
+    place = image.index(bad.l1_offset.to_bytes(8, "big") + bad.l1_entries.to_bytes(4, "big"), snapshots)
+    if damage == "L1 outside the file":
+        image[place : place + 8] = (1 << 40).to_bytes(8, "big")
+    elif damage == "L2 outside the file":  # not the first of its tables
+        last = max(n for n in range(bad.l1_entries) if any(image[bad.l1_offset + 8 * n :][:8]))
+        image[bad.l1_offset + 8 * last : bad.l1_offset + 8 * last + 8] = (1 << 40).to_bytes(8, "big")
+    path.write_bytes(image)
+    name = "missing" if damage == "no such name" else "bad"
+    try:
+        with enban.open(path, writable=True) as disk:
+            call = disk.delete_snapshot if action == "delete" else disk.apply_snapshot
+            with pytest.raises((CorruptImageError, UsageError)) as caught:
+                call(name)
+            assert "\n" not in str(caught.value)
+            assert disk.pread(200_000, 0) == pattern(600_000, 1)[:200_000]
+            assert disk.pread(600_000, 400_000) == pattern(600_000, 3)
+    except CorruptImageError:
+        assert damage != "no such name"  # refused when it is opened for writing, or for the first change
+    assert path.read_bytes() == image
 
 
 @pytest.mark.parametrize("room", [0, 3, 9, 40])

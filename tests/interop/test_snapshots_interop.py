@@ -34,10 +34,26 @@ def test_both_programs_on_one_image(tmp_path: Path, shape: dict[str, object], se
     for number in range(24):
         with enban.open(path, writable=True) as disk:
             for _ in range(4):
-                offset = random.randrange(size)
-                data = random.randbytes(min(size - offset, random.choice([512, 9000, 80000])))
-                disk.pwrite(data, offset)
-                model[offset : offset + len(data)] = data
+                offset = random.randrange(len(model))
+                length = min(len(model) - offset, random.choice([512, 9000, 80000]))
+                if random.random() < 0.8:
+                    data = random.randbytes(length)
+                    disk.pwrite(data, offset)
+                else:
+                    disk.discard(offset, length)
+                    data = disk.pread(length, offset)
+                    old = model[offset : offset + length]
+                    assert all(new in (before, 0) for new, before in zip(data, old, strict=True))
+                model[offset : offset + length] = data
+        if random.random() < 0.2 and shape.get("compat") != "0.10":
+            new_size = random.randrange(1, 5) << 18
+            if random.random() < 0.5:
+                qemu_img("resize", "-q", "--shrink", path, str(new_size))
+            else:
+                with enban.open(path, writable=True) as disk:
+                    disk.resize(new_size)
+            model = model[:new_size] + bytes(max(0, new_size - len(model)))
+            qemu_check(path)
         theirs = random.random() < 0.5
         action = random.choice(["-c", "-c", "-a", "-d"]) if kept else "-c"
         name = f"s{number}" if action == "-c" else random.choice(list(kept))
@@ -59,11 +75,13 @@ def test_both_programs_on_one_image(tmp_path: Path, shape: dict[str, object], se
             del kept[name]
         qemu_check(path)
         with enban.open(path) as disk:
-            assert disk.pread(size, 0) == model
+            assert disk.size == len(model) and disk.pread(disk.size, 0) == model
     for name, content in kept.items():
         out = tmp_path / "out.raw"
         qemu_img("convert", "-l", f"snapshot.name={name}", "-O", "raw", path, out)
-        assert out.read_bytes() == content
+        # QEMU 7.2 shows a snapshot in the size that the disk has now.
+        length = min(len(content), len(model))
+        assert out.read_bytes()[:length] == content[:length]
         with Disk(drive(open_door(str(path), BLOCKING, snapshot_name=name))) as disk:
             assert disk.pread(disk.size, 0) == content
 

@@ -14,6 +14,10 @@ from enban.cli.common import complain
 from enban.cli.options import Verb, help_text, parse, table
 from enban.errors import EnbanError, UsageError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 VERBS = {
     "create": "Make a new, empty image",
     "info": "Show what an image is: format, sizes, backing file, snapshots",
@@ -156,11 +160,13 @@ def _run(words: list[str]) -> int:
 
 def _catch_signals() -> None:
     """Let SIGTERM and SIGHUP run the clean-up that Ctrl-C runs."""
-    import signal
-    import threading
-
-    if threading.current_thread() is not threading.main_thread():
-        return
+    signal: Any
+    try:
+        # What `signal` is made of. That one makes an enumeration of the numbers, and importing what it
+        # needs for this takes longer than many a command.
+        signal = __import__("_signal")
+    except ImportError:
+        signal = __import__("signal")
 
     def terminated(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_IGN)  # once is enough: the clean-up must not be disturbed
@@ -168,8 +174,11 @@ def _catch_signals() -> None:
 
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, terminated)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            try:
+                signal.signal(number, terminated)
+            except ValueError:
+                return  # not the main thread: signals are not our business
 
 
 def _overview() -> str:

@@ -18,7 +18,7 @@ from enban.block.pull import names
 from enban.block.runtime import BLOCKING, drive
 from enban.catalog import Opener, parse_reference
 from enban.errors import UsageError
-from enban.jobs.copying import PIECE, copy_piece, pieces
+from enban.jobs.copying import PIECE, Writer, pieces
 from enban.jobs.create import backing_reference
 from enban.jobs.map import PRESENT, READS_ZERO, walk
 
@@ -103,7 +103,7 @@ def _copy_down(disk: Disk, below: Disk, depth: int, progress: Report | None) -> 
     """Write to the base what the layers above it have; the number of bytes."""
     if below.size < disk.size:
         below.resize(disk.size)
-    written = 0
+    written, writer = 0, Writer(below)
     with memoryview(bytearray(PIECE)) as buffer:
         for start, length, layer, flags, _, _ in walk(disk.node, 0, disk.size):
             if layer < depth:  # a layer above answers, also where it ends short and so reads zeros
@@ -112,7 +112,8 @@ def _copy_down(disk: Disk, below: Disk, depth: int, progress: Report | None) -> 
                 else:
                     assert flags & PRESENT
                     for place, n in pieces(start, length):
-                        copy_piece(disk, place, below, place, buffer[:n], sparse=False)
+                        disk.readinto(buffer[:n], place)
+                        writer.write(buffer[:n], place)
                         if progress is not None:
                             progress(place + n, disk.size)
                 written += length

@@ -14,10 +14,12 @@ from __future__ import annotations
 from enban.block.disk import Disk
 from enban.block.door import Door
 from enban.block.gate import TRUSTED
+from enban.block.mover import fill_zeroes
 from enban.block.runtime import BLOCKING, drive
 from enban.catalog import Opener
 from enban.errors import UsageError
-from enban.jobs.copying import pieces
+from enban.jobs.copier import find_data, is_zero
+from enban.jobs.copying import PIECE, Writer, pieces
 from enban.jobs.create import open_backing
 from enban.jobs.map import PRESENT, READS_ZERO, padded, pairs, same_place, walk
 from enban.units import SECTOR, align_down, align_up
@@ -100,9 +102,9 @@ def _identities(node: Node | None) -> Iterator[Hashable]:
 def _copy_differences(disk: Disk, new: Disk | None, progress: Report | None) -> int:
     """Write into the image what it would lose; the number of bytes."""
     copier = _Copier(disk, new)
-    for start, length in _units(_doubtful(disk, new), copier.unit, disk.size):
+    for start, length, zero in _units(_doubtful(disk, new), copier.unit, disk.size):
         for place, n in pieces(start, length):
-            copier.copy(place, n)
+            copier.copy(place, n, zero)
         if progress is not None:
             progress(start + length, disk.size)
     if progress is not None:
@@ -110,29 +112,30 @@ def _copy_differences(disk: Disk, new: Disk | None, progress: Report | None) -> 
     return copier.copied
 
 
-def _doubtful(disk: Disk, new: Disk | None) -> Iterator[tuple[int, int]]:
-    """Ranges (start, length) that the image leaves to its backing file and that the tables do not
-    prove equal."""
+def _doubtful(disk: Disk, new: Disk | None) -> Iterator[tuple[int, int, bool]]:
+    """Ranges (start, length, whether the new backing file reads as zeros there) that the image leaves to
+    its backing file and that the tables do not prove equal."""
     if new is None:
         for start, length, depth, flags, _, _ in walk(disk.node, 0, disk.size):
             if depth and not flags & READS_ZERO:
-                yield start, length
+                yield start, length, True
         return
     for start, length, ours, theirs in pairs(walk(disk.node, 0, disk.size), padded(new.node, 0, disk.size)):
         if ours[2] == 0 and ours[3] & PRESENT:
             continue
         if not (ours[3] & theirs[3] & READS_ZERO or same_place(ours, theirs)):
-            yield start, length
+            yield start, length, bool(theirs[3] & READS_ZERO)
 
 
-def _units(ranges: Iterator[tuple[int, int]], unit: int, size: int) -> Iterator[tuple[int, int]]:
-    """The same ranges grown to whole units, none of them twice."""
+def _units(ranges: Iterator[tuple[int, int, bool]], unit: int, size: int) -> Iterator[tuple[int, int, bool]]:
+    """The same ranges grown to whole units, none of them twice. Of what they grew by nothing is known."""
     done = 0
-    for start, length in ranges:
+    for start, length, zero in ranges:
+        end = start + length
         first = max(done, align_down(start, unit))
-        done = max(done, min(size, align_up(start + length, unit)))
+        done = max(done, min(size, align_up(end, unit)))
         if first < done:
-            yield first, done - first
+            yield first, done - first, zero and start <= first and done <= end
 
 
 class _Copier:
@@ -147,34 +150,41 @@ class _Copier:
         self.new = new
         self.unit = max(disk.node.grain, SECTOR)
         self.marks = disk.node.state_zeroes()
+        self.writer = Writer(disk)
+        self.ours, self.theirs = bytearray(PIECE), bytearray(PIECE)
         self.copied = 0
 
-    def copy(self, place: int, length: int) -> None:
-        """Compare a range, made of whole units, and write what of it differs."""
-        ours, theirs = bytearray(length), bytearray(length)
-        self.disk.readinto(ours, place)
-        if self.new is not None and place < self.new.size:
-            with memoryview(theirs) as view:
-                self.new.readinto(view[: min(length, self.new.size - place)], place)
-        if ours == theirs:
-            return
-        begin, before = 0, _EQUAL
-        for start in range(0, length, self.unit):
-            kind = self._kind(ours[start : start + self.unit], theirs[start : start + self.unit])
-            if kind != before:
-                self._write(ours, place, begin, start, before)
-                begin, before = start, kind
-        self._write(ours, place, begin, length, before)
+    def copy(self, place: int, length: int, zero: bool) -> None:
+        """Compare a range, made of whole units, and write what of it differs. zero: the new backing file
+        reads as zeros there."""
+        with memoryview(self.ours) as space, memoryview(self.theirs) as their_space:
+            ours, theirs = space[:length], their_space[:length]
+            self.disk.readinto(ours, place)
+            if zero:
+                for first, end in find_data(ours, self.unit):
+                    self._write(ours, place, first, end, _DATA)
+                return
+            fill_zeroes(theirs)
+            if self.new is not None and place < self.new.size:
+                self.new.readinto(theirs[: min(length, self.new.size - place)], place)
+            begin, before = 0, _EQUAL
+            for start in range(0, length, self.unit):
+                end = min(start + self.unit, length)
+                kind = self._kind(bytearray(ours[start:end]), theirs[start:end])
+                if kind != before:
+                    self._write(ours, place, begin, start, before)
+                    begin, before = start, kind
+            self._write(ours, place, begin, length, before)
 
-    def _kind(self, ours: bytearray, theirs: bytearray) -> int:
+    def _kind(self, ours: bytearray, theirs: memoryview) -> int:
         if ours == theirs:
             return _EQUAL
-        return _ZERO if self.marks and ours.count(0) == len(ours) else _DATA
+        return _ZERO if self.marks and is_zero(memoryview(ours)) else _DATA
 
-    def _write(self, ours: bytearray, place: int, start: int, end: int, kind: int) -> None:
+    def _write(self, ours: memoryview, place: int, start: int, end: int, kind: int) -> None:
         if kind == _ZERO:
             self.disk.write_zeroes(place + start, end - start)
         elif kind == _DATA:
-            self.disk.pwrite(memoryview(ours)[start:end], place + start)
+            self.writer.write(ours[start:end], place + start)
         if kind != _EQUAL:
             self.copied += end - start

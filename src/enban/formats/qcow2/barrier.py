@@ -164,6 +164,24 @@ async def barrier(node: Qcow2Node) -> None:
         node.barriers_done = number
 
 
+async def settle(node: Qcow2Node) -> None:
+    """Bring all changes of tables to the file, if there are any. What the guest wrote in place need not be
+    durable afterwards: for callers that make the file durable themselves."""
+    async with node.barrier_mutex, node.mutex:
+        refcounts = node.refcounts
+        waiting = (
+            node.cache.dirty
+            or node.l1_dirty
+            or node.unlinked
+            or node.header_doubtful
+            or refcounts.table_dirty
+            or refcounts.moved is not None
+            or any(block.dirty or block.fresh for block in refcounts.blocks.values())
+        )
+    if waiting:
+        await barrier(node)
+
+
 async def _write(file: Storage, changes: Changes) -> None:
     for offset, content in changes.first:
         await file.write(content, offset)

@@ -223,13 +223,19 @@ class Qcow2Node(Node):
 
     async def read_l2(self, offset: HostOffset) -> array[int]:
         """The entries of the L2 table at a host offset, from the file."""
+        buffer = bytearray(self.cluster_size)
+        await self.read_stored_l2(buffer, offset)
+        return from_big_endian(buffer)
+
+    async def read_stored_l2(self, buffer: bytearray, offset: HostOffset) -> None:
+        """The L2 table at a host offset, as it is in the file, into a buffer of a cluster's size."""
         if offset & self.cluster_mask or not offset or offset + self.cluster_size > self.file.size():
             raise CorruptImageError(
                 f"L2 table at {offset:#x} is not inside the file",
                 path=self.name,
                 hint="run: enban check -r all",
             )
-        return from_big_endian(await self.file.read(offset, self.cluster_size))
+        await self.file.read_into(buffer, offset)
 
     # -- preparing a change ----------------------------------------------------------------
 
@@ -506,8 +512,8 @@ class Qcow2Node(Node):
 
     async def release_quarantine(self, *, least: int = 0) -> None:
         """Count down clusters whose unlinking is durable and that no running request can reach;
-        mutex held. Runs of at least `least` bytes that are free now are given back to the host before
-        anyone can get them."""
+        mutex held. What is free now is given back to the host before anyone can get it; with `least`
+        only runs of that many bytes, made of more than single clusters."""
         oldest = self.ledger.oldest if self.ledger is not None else 1
         due = [entry for entry in self.quarantine if entry[2] < oldest]
         if not due:
@@ -523,6 +529,8 @@ class Qcow2Node(Node):
                     del due[0]
                 if not left:
                     self.forget_clusters(first, span)
+                    if count == 1 and least:
+                        continue  # a table or the like: such places are used again soon
                     if first != end:
                         await self._give_back(run, end, least)
                         run = first

@@ -22,9 +22,9 @@ from array import array
 
 from ...errors import EnbanError, HostError
 from ...wire.qcow2 import COMPRESSED, COPIED, OFFSET_MASK, SnapshotEntry, build_snapshots, unpack_compressed
-from ..common.progressions import run_ahead
-from ..common.tables import to_big_endian, toggle
-from .barrier import barrier
+from ..common.progressions import Consecutive, run_ahead
+from ..common.tables import from_big_endian, to_big_endian, toggle
+from .barrier import settle
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from .node import Qcow2Node
 
 
-# Tables that moved leave single clusters here and there, which are soon used again: giving each
-# back to the host would cost more than everything else.
+# Tables and refcount blocks that moved leave single clusters here and there, which are soon used again:
+# giving each back to the host would cost more than everything else.
 _WORTH_GIVING_BACK = 1 << 20
 
 
@@ -72,14 +72,14 @@ async def switch(node: Qcow2Node, change: Change) -> None:
     Raises HostError (NoSpaceError, ...), CorruptImageError or UnsupportedOperationError (a refcount
     would not fit); the image is then as before.
     """
-    await barrier(node)
+    await settle(node)
     async with node.mutex:
         await node.prepare_change()
         await _Switch(node, change).run()
     try:
+        # In memory only: a crash before the next barrier leaks what is free now.
         async with node.mutex:
             await node.release_quarantine(least=_WORTH_GIVING_BACK)
-        await barrier(node)
     except EnbanError:
         pass  # it is done; what is left to tidy up stays due, and the next flush tells of the trouble
 
@@ -90,6 +90,10 @@ class _Switch:
         self.change = change
         self.refcounts = node.refcounts
         self.free: list[tuple[Cluster, int]] = []  # runs that nobody uses after the switch
+        self.buffer = bytearray(node.cluster_size)  # one for all: it stays in the processor's cache
+        self.starts: dict[HostOffset, int] = {}  # of L2 tables that were seen: the first entry
+        plain = not (node.extended or node.external)
+        self.consecutive = Consecutive(node.cluster_bits, node.l2_mask + 1) if plain else None
 
     async def run(self) -> None:
         node, refcounts = self.node, self.refcounts
@@ -154,8 +158,14 @@ class _Switch:
         bits = self.node.cluster_bits
         await self._change(offset >> bits, -(-length // self.node.cluster_size), -1)
 
-    async def _entries(self, l1_entry: int) -> array[int]:
-        return await self.node.read_l2(l1_entry & OFFSET_MASK)
+    async def _table(self, l1_entry: int) -> tuple[bytearray, int]:
+        """An L2 table as it is stored, and its first entry if its clusters all follow one another, else 0."""
+        raw, offset = self.buffer, l1_entry & OFFSET_MASK
+        await self.node.read_stored_l2(raw, offset)
+        start = 0 if self.consecutive is None else self.consecutive.first(raw, COPIED)
+        if start:
+            self.starts[offset] = start
+        return raw, start
 
     async def _count(self, l1: array[int], step: int) -> None:
         """Count everything reachable from an L1 table once more or less."""
@@ -163,9 +173,12 @@ class _Switch:
         for l1_entry in l1:
             if not l1_entry & OFFSET_MASK:
                 continue
-            entries = await self._entries(l1_entry)
-            for _, first, count in self._runs(entries):
-                await self._change(first, count, step)
+            raw, start = await self._table(l1_entry)
+            if start:
+                await self._change((start & OFFSET_MASK) >> bits, len(raw) >> 3, step)
+            else:
+                for _, first, count in self._runs(from_big_endian(raw)):
+                    await self._change(first, count, step)
             await self._change((l1_entry & OFFSET_MASK) >> bits, 1, step)
 
     async def _change(self, cluster: Cluster, count: int, step: int) -> None:
@@ -211,24 +224,60 @@ class _Switch:
     async def _own(self, l1: array[int]) -> array[int]:
         """The active L1 table with right flags; L2 tables whose flags would change are copied."""
         node, refcounts = self.node, self.refcounts
+        bits = node.cluster_bits
         result = array("Q", bytes(8 * len(l1)))
         for index, l1_entry in enumerate(l1):
             offset = l1_entry & OFFSET_MASK
             if not offset:
                 continue
-            entries = await self._entries(l1_entry)
-            flagged = await self._flagged(entries)
-            if flagged is not None:
+            stored = await self._stored_with_flags(l1_entry)
+            if stored is not None:
                 cluster, _, _ = await refcounts.allocate(1)
-                place = cluster << node.cluster_bits
-                await node.file.write(to_big_endian(flagged), place)
+                place = cluster << bits
+                await node.file.write(stored, place)
                 refcounts.metadata.add(place)
-                await self._change(offset >> node.cluster_bits, 1, -1)
+                await self._change(offset >> bits, 1, -1)
                 result[index] = place | COPIED
             else:
-                single = await refcounts.get(offset >> node.cluster_bits) == 1
+                single = await refcounts.get(offset >> bits) == 1
                 result[index] = offset | (COPIED if single else 0)
         return result
+
+    async def _stored_with_flags(self, l1_entry: int) -> bytes | bytearray | None:
+        """An L2 table as it has to be stored for its flags to be right; None if they are so already."""
+        raw, start = self.buffer, self.starts.get(l1_entry & OFFSET_MASK, 0)
+        known = start != 0  # and so the table need not be read again
+        if not known:
+            raw, start = await self._table(l1_entry)
+        if start and self.consecutive is not None:
+            first, count = (start & OFFSET_MASK) >> self.node.cluster_bits, len(raw) >> 3
+            flag = await self._one_flag(first, count)
+            if flag == start & COPIED:
+                return None
+            if flag >= 0:
+                return self.consecutive.build(start ^ COPIED)
+            if known:
+                raw = self.consecutive.build(start)
+        flagged = await self._flagged(from_big_endian(raw))
+        return None if flagged is None else to_big_endian(flagged)
+
+    async def _one_flag(self, first: Cluster, count: int) -> int:
+        """The COPIED flag of adjacent clusters, if it is the same for all, else -1."""
+        refcounts = self.refcounts
+        flag = -1
+        while count:
+            inside = first % refcounts.per_block
+            span = min(count, refcounts.per_block - inside)
+            block = await refcounts.block(first // refcounts.per_block)
+            if block is None or not block.counts.uniform(inside, span):
+                return -1
+            here = COPIED if block.counts[inside] == 1 else 0
+            if flag not in (-1, here):
+                return -1
+            flag = here
+            first += span
+            count -= span
+        return flag
 
     async def _flagged(self, entries: array[int]) -> array[int] | None:
         """A copy of an L2 table with COPIED exactly where the refcount is 1; None if it is so already."""
