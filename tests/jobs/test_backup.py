@@ -327,7 +327,7 @@ def test_convert_copies_bitmaps(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_killed_backups_lose_no_change(tmp_path: Path) -> None:
-    """kill -9 at any time: there is no target and the bitmap is as it was, or the target is there, whole."""
+    """kill -9 at any time: there is no target and the bitmap is as it was, or the target is whole."""
     source = make_qcow2(tmp_path / "disk.qcow2", 64 * MIB)
     full = tmp_path / "full.qcow2"
     enban.backup(source, full, bitmap="b")
