@@ -30,6 +30,7 @@ from enban.errors import (
     UsageError,
 )
 from enban.filters import faults, writelog
+from enban.filters.delay import Delay
 from enban.filters.faults import Faults
 from enban.filters.writelog import WriteLog
 from enban.formats.qcow2 import bitmaps as engine
@@ -435,6 +436,33 @@ def test_asyncio_and_many_writers() -> None:
     content = asyncio.run(main())
     check_bytes(content)
     assert stored(content) == {"c": set(range(64))}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_bitmaps_looked_at_first_by_many_at_once(seed: int) -> None:
+    """Who asks while the directory is still being read works with the same bitmaps as everybody."""
+    with open_disk(memory := memory_image()) as disk:
+        disk.add_bitmap("old")
+
+    async def main() -> None:
+        runtime = AsyncioRuntime()
+        storage = Delay(MemoryStorage(runtime, memory.content), seed)
+        disk = AsyncDisk(await open_memory(storage))
+        await asyncio.gather(
+            disk.bitmaps(),
+            disk.add_bitmap("a", granularity=512),
+            disk.pwrite(b"x" * 5000, 0),
+            disk.add_bitmap("b", granularity=512),
+            disk.bitmaps(),
+        )
+        await disk.pwrite(b"y", 100_000)
+        for name in ("old", "a", "b"):
+            assert 100_000 in [p for s, k in [e async for e in disk.dirty(name)] for p in range(s, s + k)]
+        assert {info.name for info in await disk.bitmaps()} == {"old", "a", "b"}
+        await disk.close()
+        runtime.close()
+
+    asyncio.run(main())
 
 
 def test_threads_write_while_bitmaps_come_and_go() -> None:

@@ -13,6 +13,7 @@ cluster) and is then counted down.
 
 from __future__ import annotations
 
+import _thread
 from array import array
 
 from ...block.locks import Mutex
@@ -116,6 +117,7 @@ class Qcow2Node(Node):
         self._metadata_known = False
         self._ready_to_change = False
         self.dirty_bitmaps: Qcow2Bitmaps | None = None  # None: not looked at yet
+        self._bitmaps_guard = _thread.allocate_lock()
         self.tracked: tuple[Bits, ...] = ()  # where writes are recorded
         self.mark_zeroes = False  # also where the backing file shows zeros
         self._halted: type[EnbanError] | None = None
@@ -585,7 +587,10 @@ class Qcow2Node(Node):
         if self.dirty_bitmaps is None:
             from .bitmaps import open_bitmaps
 
-            self.dirty_bitmaps = await open_bitmaps(self)
+            found = await open_bitmaps(self)
+            with self._bitmaps_guard:  # one for all who may have asked at once
+                if self.dirty_bitmaps is None:
+                    self.dirty_bitmaps = found
         return self.dirty_bitmaps
 
     # -- size, flush, close ----------------------------------------------------------------
