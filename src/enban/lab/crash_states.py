@@ -62,12 +62,16 @@ class Replay:
     def steps(self) -> Iterator[Entry]:
         """Go through the record; after each entry `pending` and `durable` are as they are then."""
         for entry in self.record:
-            if entry.kind == writelog.FLUSH:
-                if entry.ended:
-                    self._settle(entry.began)
-            elif entry.kind != writelog.MARK:
-                self._apply(entry)
+            self.take(entry)
             yield entry
+
+    def take(self, entry: Entry) -> None:
+        """Go on by one entry. (For a record that several storages share, each with its own replay.)"""
+        if entry.kind == writelog.FLUSH:
+            if entry.ended:
+                self._settle(entry.began)
+        elif entry.kind != writelog.MARK:
+            self._apply(entry)
 
     def _apply(self, entry: Entry) -> None:
         now, offset, length = self._now, entry.offset, entry.length
@@ -99,6 +103,15 @@ class Replay:
         self.pending = [change for change in kept if change.sectors]
 
     # -- states ----------------------------------------------------------------------------
+
+    def some(self, random: Random) -> bytearray:
+        """One state of any kind."""
+        choice = random.randrange(4) if self.pending else 0
+        if choice == 0:
+            return self.everything()
+        if choice == 1:
+            return self.torn(random)
+        return self.scattered(random) if choice == 2 else next(self.subsets(random, 1))
 
     def everything(self) -> bytearray:
         """All changes so far arrived: what killing the process leaves."""
