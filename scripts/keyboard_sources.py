@@ -1,12 +1,14 @@
 """Takes what enban's keyboard tables are made of out of xkb-data, into scripts/keyboard/xkb.tsv.
 
     .venv/bin/python scripts/keyboard_sources.py            # rewrites the file
-    .venv/bin/python scripts/keyboard_sources.py --check    # exit code 1 if that would change it
+    .venv/bin/python scripts/keyboard_sources.py --check    # exit code 1 if that would change it,
+                                                            # 3 if another xkb-data is installed
 
 Needed only to take up newer data: it asks libxkbcommon (Debian package libxkbcommon0) what each key of each
 layout gives, from the rules and symbols of xkb-data. The file is kept, so that the tables can be made
 anywhere. Its rows, separated by tabs:
 
+    version  that of xkb-data
     evdev    XKB name   X keycode                     keycodes/evdev
     xfree86  XKB name   X keycode                     keycodes/xfree86, the old `kbd` driver
     layout   name  XKB model  XKB layout (and variant)
@@ -26,6 +28,7 @@ from pathlib import Path
 
 KEPT = Path(__file__).parent / "keyboard" / "xkb.tsv"
 XKB = Path("/usr/share/X11/xkb")
+PACKAGE = Path("/usr/share/pkgconfig/xkeyboard-config.pc")
 
 # Our name, XKB model, XKB layout and variant.
 LAYOUTS = (
@@ -77,8 +80,14 @@ def keycodes(path: Path, *sections: str) -> dict[str, int]:
     return found
 
 
+def version() -> str:
+    """The installed version of xkb-data."""
+    found = re.search(r"^Version: *(\S+)", PACKAGE.read_text(), re.MULTILINE) if PACKAGE.exists() else None
+    return found[1] if found else "unknown"
+
+
 def rows() -> list[tuple[str, ...]]:
-    out: list[tuple[str, ...]] = []
+    out: list[tuple[str, ...]] = [("version", version())]
     evdev = keycodes(XKB / "keycodes" / "evdev", "evdev")
     kbd = keycodes(XKB / "keycodes" / "xfree86", "basic", "xfree86")
     for world, table in (("evdev", evdev), ("xfree86", kbd)):
@@ -136,9 +145,13 @@ def rows() -> list[tuple[str, ...]]:
 
 
 def main() -> int:
+    kept = KEPT.read_text() if KEPT.exists() else ""
+    if "--check" in sys.argv[1:] and f"version\t{version()}\n" not in kept:
+        print(f"xkb-data {version()} is installed, {KEPT.name} is of another version", file=sys.stderr)
+        return 3
     text = "".join("\t".join(row) + "\n" for row in rows())
     if "--check" in sys.argv[1:]:
-        if KEPT.read_text() != text:
+        if kept != text:
             print(f"{KEPT.name} is not what the installed xkb-data gives", file=sys.stderr)
             return 1
         return 0

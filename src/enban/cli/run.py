@@ -150,7 +150,7 @@ VERB = Verb(
         Flag("--append", "And this kernel command line", value="TEXT"),
         Flag("--display", "none, vnc or gtk (none)", value="WHAT", choices=("none", "vnc", "gtk")),
         Flag("--vnc", "Where the VNC display listens (127.0.0.1:5900)", value="ADDRESS:PORT"),
-        Flag("-k --layout", "Keyboard layout of whoever types: en-us, ja, de, ...", value="LAYOUT"),
+        Flag("-k --layout", "Keyboard layout that the guest is set to: en-us, ja, de, ...", value="LAYOUT"),
         Flag(
             "--serial",
             "A serial line, in order: stdio is this terminal, kd:... a bridge for a kernel debugger (see "

@@ -30,6 +30,7 @@ from . import live, states
 from .command import command_line
 from .console import Console
 from .disks import Disks, GuestDisk
+from .keyboard import Pacer
 from .places import Place, name_for
 from .process import Process, describe_exit
 from .program import find_qemu, kvm_trouble
@@ -63,6 +64,7 @@ class Machine:
         self._process: Process | None = None
         self._monitor: Monitor | None = None
         self._vnc: VncFront | None = None
+        self._pacer: Pacer | None = None
         self._serial: list[str | list[str]] = []
         self._ports: list[asyncio.Task[None]] = []
         self._watcher: asyncio.Task[None] | None = None
@@ -118,7 +120,7 @@ class Machine:
                 self._serial.append(arguments)
                 self._ports.append(asyncio.create_task(work))
         if self.settings.display == "vnc":
-            self._vnc = VncFront(report=lambda text: self.log(f"VNC: {text}"))
+            self._vnc = VncFront(report=lambda text: self.log(f"VNC: {text}"), settle=self._keys_were_read)
             upstream = f"unix:{place.file('vnc')}"
             await self._vnc.start(self.settings.vnc, upstream, self.settings.layout or LAYOUT)
             self.log(f"VNC: {self._vnc.address}")
@@ -541,6 +543,12 @@ class Machine:
         """Type a text on the guest's keyboard. layout: that the guest is set to; "" is the machine's.
         Raises UsageError, with nothing typed, if the layout lacks a character."""
         await live.type_text(self, text, layout)
+
+    async def _keys_were_read(self) -> None:
+        """Between two key events of a VNC client: wait shortly for a busy guest."""
+        if self._pacer is None:
+            self._pacer = await Pacer.find(self, timeout_s=0.2)
+        await self._pacer.settle()
 
     async def press(self, chord: str) -> None:
         """Press keys together: "ctrl-alt-delete"."""

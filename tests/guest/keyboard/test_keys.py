@@ -132,10 +132,13 @@ def test_against_keycodemapdb() -> None:
     assert seen == {key.name for key in all_keys() if key.name == key.qcode} - {"sysrq"}
 
 
-def run(script: str) -> None:
+def run(script: str, *, other_data: int | None = None) -> None:
+    """A script's own check. other_data: its exit code where it has nothing to compare with."""
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / script, "--check"], capture_output=True, text=True, timeout=60
     )
+    if done.returncode == other_data:
+        pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr
 
 
@@ -150,7 +153,7 @@ def test_tables_are_what_the_kept_data_gives() -> None:
 )
 def test_layouts_against_xkb_data() -> None:
     """libxkbcommon, asked anew with the installed xkb-data, gives what is kept."""
-    run("keyboard_sources.py")
+    run("keyboard_sources.py", other_data=3)
 
 
 def test_every_layout_types_ascii() -> None:
