@@ -387,3 +387,53 @@ def test_a_folder_others_can_enter_is_refused(runtime: str) -> None:
     os.chmod(os.path.join(runtime, "enban"), 0o755)
     with pytest.raises(EnbanError, match="not private"):
         Place("one")
+
+
+@needs_qemu
+def test_a_guest_runs_whether_or_not_kvm_does(tmp_path: Path) -> None:
+    disk = boot_disk(tmp_path / "boot.qcow2", "qcow2")
+    said: list[str] = []
+
+    async def scenario() -> str:
+        async with Machine(settings(disk, accel="auto"), log=said.append) as machine:
+            await count(machine)
+            return machine.accel
+
+    accel = run(scenario(), 60)
+    assert accel == "kvm" or (accel == "tcg" and any(line.startswith("no KVM here (") for line in said))
+
+
+@needs_qemu
+def test_a_full_file_system_pauses_the_guest_until_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = boot_disk(tmp_path / "boot.qcow2", "qcow2")
+    said: list[str] = []
+    full = True
+
+    async def scenario() -> None:
+        nonlocal full
+        async with Machine(settings(disk), log=said.append) as machine:
+            door = machine.disks[0].disk.door
+            before = await count(machine)
+
+            async def refuse(*args: object, **more: object) -> None:
+                raise NoSpaceError("cannot write: no space left", path=str(disk))
+
+            node = door.node
+            with monkeypatch.context() as patch:
+                # As a full file system does it: nothing is written, on no road.
+                patch.setattr(type(node), "locate_write", lambda *args: -1)
+                patch.setattr(type(node), "claim", lambda *args: None)
+                patch.setattr(type(node), "reserve", refuse)
+                for _ in range(200):
+                    if any("paused" in line for line in said):
+                        break
+                    await asyncio.sleep(0.05)
+                assert await machine.status() == "io-error"
+            await machine.resume()
+            assert await count(machine) >= before
+
+    run(scenario(), 60)
+    assert any("Make room" in line for line in said)
+    qemu_check(disk)
