@@ -437,3 +437,47 @@ def test_a_full_file_system_pauses_the_guest_until_there_is_room(
     run(scenario(), 60)
     assert any("Make room" in line for line in said)
     qemu_check(disk)
+
+
+@needs_qemu
+def test_backups_of_a_running_guest_follow_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = boot_disk(tmp_path / "boot.qcow2", "qcow2", 4 * MIB)
+    full, second, third = (tmp_path / f"{name}.qcow2" for name in ("full", "second", "third"))
+
+    def number(path: Path) -> int:
+        with enban.open(path) as image:
+            return int.from_bytes(image.pread(2, 512), "little")
+
+    async def scenario() -> None:
+        async with Machine(settings(disk)) as machine:
+            first = await count(machine)
+            with pytest.raises(UsageError, match="no enabled bitmap"):
+                await machine.backup_disk("disk0", str(second), bitmap="daily", base=str(full))
+            assert (await machine.backup_disk("disk0", str(full), bitmap="daily")).full
+            later = await count(machine)
+            assert first <= number(full) <= later
+            machine.disks[0].disk.pwrite(b"changed", 3 * MIB)
+
+            def fail(*args: object, **more: object) -> None:
+                raise NoSpaceError("cannot write: no space left", path=str(second))
+
+            with monkeypatch.context() as patch:
+                patch.setattr("enban.guest.backup.copy_changes", fail)
+                with pytest.raises(NoSpaceError):
+                    await machine.backup_disk("disk0", str(second), bitmap="daily", base=str(full))
+            result = await machine.backup_disk("disk0", str(second), bitmap="daily", base=str(full))
+            assert not result.full and result.copied <= 3 * 65536
+            while await count(machine) < later + 3:
+                pass
+            await machine.backup_disk("disk0", str(third), bitmap="daily", base=str(second))
+            assert not machine.disks[0].disk.snapshots
+            assert [info.name for info in machine.disks[0].disk.bitmaps()] == ["daily"]
+
+    run(scenario(), 60)
+    assert number(full) < number(third)
+    with enban.open(third) as image, enban.open(full) as before:
+        assert image.pread(7, 3 * MIB) == b"changed"
+        assert before.pread(7, 3 * MIB) == bytes(7)
+    qemu_check(disk)
