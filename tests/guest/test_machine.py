@@ -387,3 +387,97 @@ def test_a_folder_others_can_enter_is_refused(runtime: str) -> None:
     os.chmod(os.path.join(runtime, "enban"), 0o755)
     with pytest.raises(EnbanError, match="not private"):
         Place("one")
+
+
+@needs_qemu
+def test_a_guest_runs_whether_or_not_kvm_does(tmp_path: Path) -> None:
+    disk = boot_disk(tmp_path / "boot.qcow2", "qcow2")
+    said: list[str] = []
+
+    async def scenario() -> str:
+        async with Machine(settings(disk, accel="auto"), log=said.append) as machine:
+            await count(machine)
+            return machine.accel
+
+    accel = run(scenario(), 60)
+    assert accel == "kvm" or (accel == "tcg" and any(line.startswith("no KVM here (") for line in said))
+
+
+@needs_qemu
+def test_a_full_file_system_pauses_the_guest_until_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = boot_disk(tmp_path / "boot.qcow2", "qcow2")
+    said: list[str] = []
+    full = True
+
+    async def scenario() -> None:
+        nonlocal full
+        async with Machine(settings(disk), log=said.append) as machine:
+            door = machine.disks[0].disk.door
+            before = await count(machine)
+
+            async def refuse(*args: object, **more: object) -> None:
+                raise NoSpaceError("cannot write: no space left", path=str(disk))
+
+            node = door.node
+            with monkeypatch.context() as patch:
+                # As a full file system does it: nothing is written, on no road.
+                patch.setattr(type(node), "locate_write", lambda *args: -1)
+                patch.setattr(type(node), "claim", lambda *args: None)
+                patch.setattr(type(node), "reserve", refuse)
+                for _ in range(200):
+                    if any("paused" in line for line in said):
+                        break
+                    await asyncio.sleep(0.05)
+                assert await machine.status() == "io-error"
+            await machine.resume()
+            assert await count(machine) >= before
+
+    run(scenario(), 60)
+    assert any("Make room" in line for line in said)
+    qemu_check(disk)
+
+
+@needs_qemu
+def test_backups_of_a_running_guest_follow_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = boot_disk(tmp_path / "boot.qcow2", "qcow2", 4 * MIB)
+    full, second, third = (tmp_path / f"{name}.qcow2" for name in ("full", "second", "third"))
+
+    def number(path: Path) -> int:
+        with enban.open(path) as image:
+            return int.from_bytes(image.pread(2, 512), "little")
+
+    async def scenario() -> None:
+        async with Machine(settings(disk)) as machine:
+            first = await count(machine)
+            with pytest.raises(UsageError, match="no enabled bitmap"):
+                await machine.backup_disk("disk0", str(second), bitmap="daily", base=str(full))
+            assert (await machine.backup_disk("disk0", str(full), bitmap="daily")).full
+            later = await count(machine)
+            assert first <= number(full) <= later
+            machine.disks[0].disk.pwrite(b"changed", 3 * MIB)
+
+            def fail(*args: object, **more: object) -> None:
+                raise NoSpaceError("cannot write: no space left", path=str(second))
+
+            with monkeypatch.context() as patch:
+                patch.setattr("enban.guest.backup.copy_changes", fail)
+                with pytest.raises(NoSpaceError):
+                    await machine.backup_disk("disk0", str(second), bitmap="daily", base=str(full))
+            result = await machine.backup_disk("disk0", str(second), bitmap="daily", base=str(full))
+            assert not result.full and result.copied <= 3 * 65536
+            while await count(machine) < later + 3:
+                pass
+            await machine.backup_disk("disk0", str(third), bitmap="daily", base=str(second))
+            assert not machine.disks[0].disk.snapshots
+            assert [info.name for info in machine.disks[0].disk.bitmaps()] == ["daily"]
+
+    run(scenario(), 60)
+    assert number(full) < number(third)
+    with enban.open(third) as image, enban.open(full) as before:
+        assert image.pread(7, 3 * MIB) == b"changed"
+        assert before.pread(7, 3 * MIB) == bytes(7)
+    qemu_check(disk)

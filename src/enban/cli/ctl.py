@@ -63,6 +63,9 @@ def run(arguments: Arguments) -> int:
             settings["tag"] = values[1]
         elif request == "disk backup":
             settings["path"] = _absolute(values[1])
+            settings["bitmap"] = arguments.text("--bitmap")
+            if arguments.on("--base"):
+                settings["base"] = _absolute(arguments.text("--base"))
     elif request.startswith("snapshot ") and values:
         settings["tag"] = values[0]
     elif request == "say":
@@ -146,6 +149,7 @@ _PRINTERS: dict[str, Callable[[Any], None]] = {
     "snapshot save": lambda found: print(
         f"{common.human_size(found['vm-state-size'])} of memory and devices"
     ),
+    "disk backup": lambda found: print(f"{common.human_size(found['copied'])} copied"),
     "disk pull": lambda found: print(f"{common.human_size(found)} copied"),
     "console": lambda found: print(found.replace("\r\n", "\n"), end=""),
     "expect": lambda found: print(found.replace("\r\n", "\n")),
@@ -160,6 +164,8 @@ VERB = Verb(
     (
         Flag("-k --layout", "With type: keyboard layout, else the one `run -k` was told", value="LAYOUT"),
         Flag("--timeout", "With expect: seconds to wait (60)", value="SECONDS"),
+        Flag("--bitmap", "With disk backup: have this bitmap record what changes from now on", value="NAME"),
+        Flag("--base", "With disk backup: copy only what changed since this backup", value="FILE"),
         Flag("--force", "With shutdown: end QEMU without asking the guest"),
         Flag("--grace", "With shutdown: seconds the guest has (30)", value="SECONDS"),
         common.OUTPUT,

@@ -170,6 +170,16 @@ async def _console(machine: Machine, request: Mapping[str, Any]) -> Any:
     return machine.console.text.decode(errors="replace")
 
 
+async def _backup(machine: Machine, request: Mapping[str, Any]) -> Any:
+    result = await machine.backup_disk(
+        str(request["disk"]),
+        str(request["path"]),
+        bitmap=str(request.get("bitmap", "")),
+        base=str(request.get("base", "")),
+    )
+    return {"copied": result.copied, "full": result.full}
+
+
 ACTIONS: dict[str, Action] = {
     "status": _status,
     "disks": _disks,
@@ -195,7 +205,7 @@ ACTIONS: dict[str, Action] = {
         str(request["disk"]), str(request["tag"])
     ),
     "disk-pull": lambda machine, request: machine.pull_disk(str(request["disk"])),
-    "disk-backup": lambda machine, request: machine.backup_disk(str(request["disk"]), str(request["path"])),
+    "disk-backup": _backup,
 }
 
 

@@ -24,6 +24,7 @@ from ..errors import EnbanError, NoMediumError, UsageError
 from ..exports.nbd import sockets
 from ..exports.nbd.export import ServedExport
 from ..exports.nbd.server import Server
+from ..exports.nbd.transmission import SPIN_US
 from ..storage.cdrom import find_drive
 from .settings import DiskSettings, Settings
 
@@ -113,7 +114,9 @@ class Disks:
             if settings.cdrom:
                 self._first_disc(settings)
             exports = [one.export for one in self._all()]
-            self._server = Server(exports, [sockets.listen_unix(self.socket)], log=self._log)
+            self._server = Server(
+                exports, [sockets.listen_unix(self.socket)], spin_us=_spin_us(settings.cpus), log=self._log
+            )
         except BaseException:
             self.close()
             raise
@@ -181,6 +184,12 @@ class Disks:
         self.disks, self.cdrom = [], None
         if first is not None:
             raise first
+
+
+def _spin_us(cpus: int) -> int:
+    """Spinning answers sooner, but only where a processor is free for it: the guest's processors, QEMU's disk
+    thread and ours come first."""
+    return SPIN_US if (os.cpu_count() or 1) >= cpus + 3 else 0
 
 
 def _open(id: str, wanted: DiskSettings, settings: Settings) -> GuestDisk:

@@ -6,9 +6,7 @@ import asyncio
 import os
 from typing import TYPE_CHECKING
 
-import enban
-
-from ..errors import PeerError, UnsupportedOperationError, UsageError, from_oserror
+from ..errors import PeerError, UsageError, from_oserror
 from ..storage.cdrom import DISC, CdromStorage, Drive
 from .command import DRIVE
 from .settings import LAYOUT
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
     from .machine import Machine
 
 SECTOR = 512
-BACKUP = "enban-backup"
 
 
 async def resize(machine: Machine, one: GuestDisk, size: int) -> None:
@@ -47,27 +44,6 @@ async def resize(machine: Machine, one: GuestDisk, size: int) -> None:
     await machine.execute("blockdev-reopen", {"options": [one.format_node()]})
     await machine.execute("block_resize", {"node-name": one.id, "size": size})
     await machine.execute("blockdev-del", {"node-name": before})
-
-
-async def backup(one: GuestDisk, target: str) -> None:
-    """A copy of the disk as it is now: an internal snapshot holds it still while it is copied."""
-    if not one.keeps_snapshots or one.snapshot:
-        raise UnsupportedOperationError(
-            "only a qcow2 disk in use itself can be copied while the guest runs", path=one.name
-        )
-    entry = await asyncio.to_thread(one.disk.create_snapshot, BACKUP)
-    try:
-        await asyncio.to_thread(
-            enban.convert,
-            one.name,
-            target,
-            source_format="qcow2",
-            target_format="qcow2",
-            snapshot=entry.id,
-            force_share=True,
-        )
-    finally:
-        await asyncio.to_thread(one.disk.delete_snapshot, entry.id)
 
 
 async def insert_cdrom(machine: Machine, path: str) -> None:

@@ -20,13 +20,16 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from time import monotonic_ns
 from types import TracebackType
 from typing import Any
 
 from ..errors import ClosedError, EnbanError, PeerError, UsageError
+from ..jobs.backup import BackupResult
 from . import live, states
+from .backup import backup
 from .command import command_line
 from .console import Console
 from .disks import Disks, GuestDisk
@@ -497,13 +500,8 @@ class Machine:
             temporary = [one for one in self.disks if one.snapshot]
             if not temporary:
                 raise UsageError("the machine runs on its disks themselves", hint="run it with --snapshot")
-            was_running = bool((await self.execute("query-status"))["running"])
-            await self.execute("stop")
-            try:
+            async with self.standing_still():
                 return sum([await asyncio.to_thread(one.disk.commit) for one in temporary])
-            finally:
-                if was_running:
-                    await self._resume()
 
     # -- disks, CD-ROM, keyboard, screen: see `live` ---------------------------------------------
 
@@ -517,10 +515,24 @@ class Machine:
         async with self._changing:
             await asyncio.to_thread(self.disk_set.find(disk).disk.create_snapshot, tag)
 
-    async def backup_disk(self, disk: str, target: str) -> None:
-        """Copy a disk into a new qcow2 image as it is at this moment, while the guest goes on."""
+    async def backup_disk(self, disk: str, target: str, *, bitmap: str = "", base: str = "") -> BackupResult:
+        """Copy a disk into a new qcow2 image as it is at this moment, while the guest goes on.
+
+        bitmap, base: as for `enban.backup`; without a bitmap it is a full copy that nothing follows.
+        """
         async with self._changing:
-            await live.backup(self.disk_set.find(disk), target)
+            return await backup(self, self.disk_set.find(disk), target, bitmap, base)
+
+    @asynccontextmanager
+    async def standing_still(self) -> AsyncIterator[None]:
+        """The guest is paused in the block, and goes on afterwards if it did before."""
+        was_running = bool((await self.execute("query-status"))["running"])
+        await self.execute("stop")
+        try:
+            yield
+        finally:
+            if was_running:
+                await self._resume()
 
     async def pull_disk(self, disk: str) -> int:
         """Copy into a disk what it shows of its backing files and let go of them, while the guest goes on.

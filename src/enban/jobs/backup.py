@@ -98,20 +98,22 @@ def backup(
                 raise UsageError(
                     f"bitmap {bitmap!r} is disabled and does not know of later changes", path=disk.name
                 )
-            result = _incremental(disk, target, bitmap, base, dict(options or {}), gate, verify, progress)
+            extents = list(disk.dirty(bitmap))
+            result = copy_changes(disk, target, extents, base, dict(options or {}), gate, verify, progress)
             disk.clear_bitmap(bitmap)
             return result
         if not granularity:
             granularity = known[bitmap].granularity if bitmap in known else GRANULARITY
         drive(disk.door.bitmaps()).vet(bitmap, granularity)
-        result = _full(disk, target, dict(options or {}), gate, verify, progress)
+        result = copy_all(disk, target, dict(options or {}), gate, verify, progress)
         drive(disk.door.change_bitmaps(lambda found: found.restart(bitmap, granularity)))
         return result
 
 
-def _full(
+def copy_all(
     disk: Disk, target: str, options: dict[str, str], gate: Gate, verify: bool, progress: Report | None
 ) -> BackupResult:
+    """All of a disk."""
     from enban.jobs.convert import convert_disk
 
     result = convert_disk(
@@ -120,16 +122,17 @@ def _full(
     return BackupResult(disk.size, result.bytes_written, full=True)
 
 
-def _incremental(
+def copy_changes(
     disk: Disk,
     target: str,
-    bitmap: str,
+    extents: list[tuple[int, int]],
     base: str,
     options: dict[str, str],
     gate: Gate,
     verify: bool,
     progress: Report | None,
 ) -> BackupResult:
+    """The ranges of a disk that changed since the backup `base`, as an overlay of it."""
     from enban.jobs.create import prepare_target
     from enban.jobs.info import image_info
 
@@ -141,7 +144,6 @@ def _incremental(
     # Side by side in one directory, backups find each other wherever it is moved.
     options["backing_file"] = os.path.relpath(os.path.abspath(base), directory)
     options["backing_fmt"] = facts["format"]
-    extents = list(disk.dirty(bitmap))
     total = sum(length for _, length in extents)
     copied = 0
     made = prepare_target(target, "qcow2", options, size=disk.size, gate=gate)
