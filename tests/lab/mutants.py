@@ -147,7 +147,7 @@ def partial_write_loses_the_backing_data(patch: MonkeyPatch) -> None:
     patch.setattr(mover, "_surroundings", zeros)
 
 
-@mutant("crash", "1k-packed")
+@mutant("crash", "1k-packed", long=True)
 def compressed_cluster_frees_its_first_cluster_only(patch: MonkeyPatch) -> None:
     unlink_entry = Qcow2Node.unlink_entry
 

@@ -6,6 +6,7 @@ again, and everything that was acknowledged must still be there.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -59,9 +60,14 @@ class Place:
             return
         stat = os.statvfs(self.directory)
         rest = stat.f_bavail * stat.f_frsize - least
-        with open(self.directory / "ballast", "wb") as file:
-            while rest > 0:
-                rest -= file.write(bytes(min(rest, 1 << 16)))
+        try:
+            with open(self.directory / "ballast", "wb", buffering=0) as file:
+                while rest > 0:
+                    rest -= file.write(bytes(min(rest, 1 << 16)))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            # The file system needs some of it for itself: full is full.
 
     def loosen(self) -> None:
         """Room again."""
@@ -82,8 +88,8 @@ class Place:
 
     def close(self) -> None:
         self.loosen()
-        if self.kind != "limit":
-            self._run("umount", str(self.directory))
+        if self.kind != "limit" and not self._run("umount", str(self.directory)):
+            self._run("umount", "-l", str(self.directory))  # a disk that failed may still be open
         shutil.rmtree(self.top, ignore_errors=True)
 
 

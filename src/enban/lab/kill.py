@@ -177,10 +177,16 @@ class KillPart(Part):
         super().__init__(seed, only, tick)
         self.server = server
         self.least_s = least_s
-        self.directory = Path(tempfile.mkdtemp(prefix="enban-kill-"))
+        self._directory: Path | None = None
         self.serving: Server | None = None
         if server:
             self.kinds = [image for image in self.kinds if image.format != "qcow"]
+
+    @property
+    def directory(self) -> Path:
+        if self._directory is None:
+            self._directory = Path(tempfile.mkdtemp(prefix="enban-kill-"))
+        return self._directory
 
     def work(self, image: Image, seed: int) -> None:
         path = self.directory / "image"
@@ -242,7 +248,8 @@ class KillPart(Part):
     def close(self) -> None:
         if self.serving is not None and self.serving.process.poll() is None:
             self.serving.kill()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
 
 
 def open_descriptors() -> int:

@@ -205,12 +205,13 @@ class StormPart(Part):
     kinds = STORM_KINDS
 
     def work(self, image: Image, seed: int) -> None:
+        if not image.external:
+            for number in range(4 * seed, 4 * seed + 4):
+                self.count("requests", ambush(image, number))
+            self.beat()
         self.count("requests", storm(image, seed))
         self.count("storms")
         self.beat()
-        if not image.external:
-            self.count("requests", ambush(image, seed))
-            self.beat()
         place = self.kinds.index(image)
         if place < 4:
             job = pull_in_a_storm if place % 2 else commit_in_a_storm

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from array import array
 
-from ...errors import UnsupportedOperationError, UsageError
+from ...errors import CorruptImageError, UnsupportedOperationError, UsageError
 from ...wire.qcow2 import SnapshotEntry
 from .switch import Change, read_l1, switch
 from .vm_state import drop, first_index
@@ -78,6 +78,12 @@ async def apply(node: Qcow2Node, name: str) -> SnapshotEntry:
     """Make the active state that of a snapshot: its bytes, its size; what was active is given up."""
     snapshot = find(node, name)
     l1 = await read_l1(node, snapshot)
+    if len(l1) << node.l2_shift < snapshot.disk_size:
+        raise CorruptImageError(
+            f"L1 table of snapshot '{snapshot.name}' is too small for its {snapshot.disk_size} bytes",
+            path=node.name,
+            offset=snapshot.l1_offset,
+        )
     async with node.mutex:
         await node.prepare_change()
     bitmaps = node.dirty_bitmaps
