@@ -27,7 +27,6 @@ from enban.wire.nbd import (
     TooLargeError,
 )
 from enban.wire.nbd import constants as c
-from enban.wire.nbd.client import Data, Done, Failed, Hole, Status
 from enban.wire.nbd.handshake_client import READY
 from enban.wire.nbd.messages import COMPACT_REQUEST, EXTENDED_CHUNK, EXTENDED_REQUEST, STRUCTURED_CHUNK
 from enban.wire.nbd.options import (
@@ -38,6 +37,7 @@ from enban.wire.nbd.options import (
     pack_export_query,
     pack_option,
 )
+from enban.wire.nbd.replies import Data, Done, Failed, Hole, Status
 from enban.wire.nbd.server import Disconnect, Request
 from tests.wire.nbd_helpers import ALL_FLAGS, STYLES, Disk, answer_question, connect, serve, serve_handshake
 

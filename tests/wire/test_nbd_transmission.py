@@ -18,7 +18,6 @@ from enban.wire.nbd import (
     WrongMagicError,
 )
 from enban.wire.nbd import constants as c
-from enban.wire.nbd.client import Data, Done, Failed, Hole, Transaction
 from enban.wire.nbd.messages import (
     COMPACT_REQUEST,
     ERROR,
@@ -28,6 +27,7 @@ from enban.wire.nbd.messages import (
     SIMPLE_REPLY,
     STRUCTURED_CHUNK,
 )
+from enban.wire.nbd.replies import Data, Done, Failed, Hole, Transaction
 from enban.wire.nbd.server import Disconnect, Request
 from tests.wire.nbd_helpers import (
     ALL_FLAGS,

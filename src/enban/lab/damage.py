@@ -13,7 +13,8 @@ from enban.block.runtime import BLOCKING, drive
 from enban.errors import CorruptImageError, EnbanError
 from enban.filters.base import Filter
 from enban.formats.common.findings import CheckResult
-from enban.formats.qcow2.check import WINDOW, Checker, Meter
+from enban.formats.qcow2.check import Checker
+from enban.formats.qcow2.check_walk import WINDOW, Meter
 from enban.formats.qcow2.node import Qcow2Node
 from enban.formats.qcow2.opening import open_qcow2
 from enban.storage.memory import MemoryStorage

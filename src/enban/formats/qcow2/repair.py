@@ -34,10 +34,12 @@ from ...wire.qcow2 import (
 from ..common.findings import CORRUPTION, ERROR, LEAK, CheckResult, Findings
 from ..common.tables import from_big_endian, sector_runs, to_big_endian
 from .bitmaps import open_bitmaps
-from .check import Checker, Meter, singles
+from .check import Checker
 from .check_counts import PART, decode, encode, parts
+from .check_flags import singles
 from .check_layout import never_durable
 from .check_tables import repaired_entry
+from .check_walk import Meter
 from .opening import read_snapshots, read_table
 from .refcounts import Refcounts
 from .switch import Change, switch
@@ -79,7 +81,7 @@ async def repair_image(
     await before.check()
     found = before.findings
     work = _Repair(node, meter)
-    fault = await _bitmaps_fault(node, before.clashing) if mode == "all" else ""
+    fault = await _bitmaps_fault(node, before.walk.clashing) if mode == "all" else ""
     if fault:
         await _drop_bitmaps(node, fault, work.done)
         before = Checker(node, meter)
@@ -88,7 +90,7 @@ async def repair_image(
         await work.run(before, everything=mode == "all")
         after = Checker(node, meter)
         await after.check(7)
-        if work.rebuilt and before.clashing and after.findings.total(CORRUPTION):
+        if work.rebuilt and before.walk.clashing and after.findings.total(CORRUPTION):
             # Tables that had to be left alone may have become free of others with the new refcounts.
             await work.run(after, everything=True)
             after = Checker(node, meter)
@@ -97,7 +99,7 @@ async def repair_image(
         after = before
     if mode == "all" and not work.impossible:
         await _reload(node)
-        fault = await _bitmaps_fault(node, after.clashing, counted=True)
+        fault = await _bitmaps_fault(node, after.walk.clashing, counted=True)
         if fault:
             await _drop_bitmaps(node, fault, work.done)
             await work.run(after, everything=True)
@@ -201,7 +203,7 @@ class _Repair:
 
     async def run(self, before: Checker, *, everything: bool) -> None:
         found, layout = before.findings, before.layout
-        self.clashing = before.clashing
+        self.clashing = before.walk.clashing
         self.beyond = before.image.beyond > 0
         rebuild = layout.rebuild or bool(layout.unreadable)
         if rebuild and not everything:
@@ -237,7 +239,7 @@ class _Repair:
         checker = Checker(self.node, self.meter)
         if least_size > checker.image.file_size:
             checker.image.set_file_size(align_up(least_size, checker.image.cluster))
-        checker.clashing = self.clashing
+        checker.walk.clashing = self.clashing
         await checker.layout.read()
         return checker
 
@@ -245,7 +247,7 @@ class _Repair:
 
     async def _drop(self, before: Checker) -> None:
         image, layout = before.image, before.layout
-        before.begin(2, 1)
+        before.walk.begin(2, 1)
         for start, end, _ in layout.l1_parts:
             async for offset, words in image.words(start, end):
                 for index, entry in enumerate(words):
@@ -255,9 +257,9 @@ class _Repair:
                         self.done.add(
                             "dropped", place, f"L1 entry {entry:#x} pointed past the end, now unallocated"
                         )
-        async for buffer, offsets in before.tables():
+        async for buffer, offsets in before.walk.tables():
             for row, offset in enumerate(offsets):
-                if before.may_write(offset) and before.regular(buffer, row) < 0:
+                if before.walk.may_write(offset) and before.walk.regular(buffer, row) < 0:
                     await self._drop_entries(before, buffer, row, offset)
             self.meter.step(len(offsets) << image.bits)
         await self.file.flush()
@@ -287,12 +289,12 @@ class _Repair:
         """Set each refcount to choose(refcount, references)."""
         checker = await self._checker()
         image = checker.image
-        windows = checker.windows()
-        checker.begin(stage, len(windows))
+        windows = checker.walk.windows()
+        checker.walk.begin(stage, len(windows))
         changed = 0
         for lo, hi in windows:
-            counts = await checker.count(lo, hi, first=False)
-            async for index, raw in checker.blocks(lo, hi):
+            counts = await checker.references.count(lo, hi, first=False)
+            async for index, raw in checker.walk.blocks(lo, hi):
                 if raw is None:
                     continue
                 offset = checker.layout.blocks[index]
@@ -328,19 +330,19 @@ class _Repair:
         if self.beyond:
             # Entries that stay although they point past the end will find the file longer: the new
             # blocks stand behind what they point to, and that counts.
-            await checker.count(0, checker.image.per_block, first=False)
+            await checker.references.count(0, checker.image.per_block, first=False)
             checker = await self._checker(checker.image.beyond)
         image, layout = checker.image, checker.layout
-        checker.mapped = False
+        checker.references.mapped = False
         keep = bool(layout.doubts)  # then what the old blocks count stays counted
         used: set[int] = set()
-        windows = [window for window in checker.windows() if window[0] < image.end]
-        checker.begin(3, 2 * len(windows))
+        windows = [window for window in checker.walk.windows() if window[0] < image.end]
+        checker.walk.begin(3, 2 * len(windows))
         top: Cluster = 0
         for lo, hi in windows:
-            counts = await checker.count(lo, hi, first=False)
+            counts = await checker.references.count(lo, hi, first=False)
             top = max(top, counts.top())
-            async for index, raw in checker.blocks(lo, hi):
+            async for index, raw in checker.walk.blocks(lo, hi):
                 if counts.any(index * image.per_block, image.per_block) or (
                     keep and raw is not None and any(raw)
                 ):
@@ -362,11 +364,11 @@ class _Repair:
                 path=self.node.name,
                 hint="copy the image to a larger one",
             )
-        checker.extra = (start, end)
+        checker.references.extra = (start, end)
         table = array("Q", bytes(table_clusters * image.cluster))
-        size = checker.window
+        size = checker.walk.window
         for lo in sorted({index * image.per_block // size * size for index in blocks}):
-            counts = await checker.count(lo, lo + size, first=False)
+            counts = await checker.references.count(lo, lo + size, first=False)
             for place, index in enumerate(blocks, start):
                 if lo <= index * image.per_block < lo + size:
                     table[index] = place << image.bits
@@ -420,20 +422,20 @@ class _Repair:
         """Set the flags as the refcounts will be: what is used, or if nothing is freed, what is counted."""
         checker = await self._checker()
         image = checker.image
-        windows = checker.windows()
-        checker.begin(4, 2 * len(windows))
+        windows = checker.walk.windows()
+        checker.walk.begin(4, 2 * len(windows))
         most = image.most_references
         number = 0
-        for (lo, hi), reach in zip(windows, checker.reaches(windows), strict=True):
+        for (lo, hi), reach in zip(windows, checker.walk.reaches(windows), strict=True):
             if freeing:
-                counts = await checker.count(lo, hi, first=False)
+                counts = await checker.references.count(lo, hi, first=False)
                 ones = bytearray()
                 for first in range(lo, hi, PART):
                     uses = counts.values(first, min(PART, hi - first))
                     ones += singles(uses if most > 1 else [min(use, most) for use in uses])
             else:
-                ones = await checker.ones(lo, hi)
-            number += await checker.copied(lo, reach, ones, fix=True)
+                ones = await checker.flags.ones(lo, hi)
+            number += await checker.flags.look(lo, reach, ones, fix=True)
         await self.file.flush()
         self.flags += number
         if number:

@@ -19,14 +19,14 @@ import socket
 
 from ...errors import EnbanError, PeerError, from_oserror
 from ...wire.nbd import ClientHandshake, ClientTransmission, Negotiator
-from ...wire.nbd.client import Data, Done, Hole, Status
 from ...wire.nbd.constants import BASE_ALLOCATION, TLS_OFF, TLS_REQUIRED
 from ...wire.nbd.handshake_client import READY, START_TLS
+from ...wire.nbd.replies import Data, Done, Hole, Status
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ...wire.nbd import Session
-    from ...wire.nbd.client import ReplyEvent, Transaction
+    from ...wire.nbd.replies import ReplyEvent, Transaction
     from .address import Address
 
 CONNECT_S = 10  # for connecting and the handshake

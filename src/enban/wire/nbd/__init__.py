@@ -8,6 +8,7 @@
     handshake, handshake_server, handshake_client
                         the handshake's two state machines, each with its table on top
     server, client      the transmission phase's two state machines
+    replies             a client's requests on their way, and the events that answer them
 
 A connection runs one handshake machine to its `session`, and a transmission machine from there.
 Every machine has `receive(bytes)`, `next_event()` (None: more bytes, or our turn) and

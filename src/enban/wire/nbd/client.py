@@ -3,7 +3,7 @@
 Reply data is never gathered here: it comes out in views of the caller's own receive buffer,
 in the order it arrives, and `wanted` / `filled` let the caller receive the rest of a large
 piece straight into its destination. What a server says is checked against the request it
-answers: place, length, overlap, completeness.
+answers (`replies`): place, length, overlap, completeness.
 
     head = client.request(CMD_READ, offset, length).header
     send(head)                                # for WRITE, the payload goes right behind it
@@ -18,7 +18,6 @@ Source: NBD protocol, "Transmission", "Structured reply types", "Request types".
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from struct import Struct
 
 from enban.errors import OutOfRangeError, ReadOnlyError, UnsupportedOperationError
@@ -26,9 +25,7 @@ from enban.errors import OutOfRangeError, ReadOnlyError, UnsupportedOperationErr
 from .constants import (
     CMD_BLOCK_STATUS,
     CMD_DISC,
-    CMD_FLAG_DF,
     CMD_FLAG_PAYLOAD_LEN,
-    CMD_FLAG_REQ_ONE,
     CMD_READ,
     CMD_RESIZE,
     CMD_WRITE,
@@ -39,7 +36,6 @@ from .constants import (
     MAGIC_EXTENDED_REPLY,
     MAGIC_SIMPLE_REPLY,
     MAGIC_STRUCTURED_REPLY,
-    MAX_REPLY_PIECES,
     MAX_STATUS_EXTENTS,
     MAX_STRING,
     REPLY_FLAG_DONE,
@@ -64,12 +60,14 @@ from .messages import (
     U64,
     pack_status_payload,
 )
+from .replies import Data, Done, Failed, Hole, Status, Transaction
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from .messages import Buffer, StatusExtent
+    from .messages import Buffer
+    from .replies import ReplyEvent
     from .session import Session
 
 # States and where each step leads.
@@ -89,114 +87,6 @@ _SHORT_HEADER = Struct(">IHHQ")
 # know may carry fields of their own behind the message.
 _MAX_STATUS = 8 + 16 * MAX_STATUS_EXTENTS
 _MAX_ERROR = ERROR.size + MAX_STRING + 4096
-
-
-class Transaction:
-    """One request on its way.
-
-    kind, flags: CMD_ and CMD_FLAG_ numbers. offset, length: bytes of the export.
-    header: the bytes to send, followed by the payload of a WRITE.
-    error: 0, or the first NBD error number the server answered with. message: its words.
-    done: the reply is complete.
-    tag: the caller's own.
-    """
-
-    __slots__ = (
-        "_covered",
-        "_got",
-        "_pending",
-        "_pieces",
-        "cookie",
-        "done",
-        "error",
-        "flags",
-        "header",
-        "kind",
-        "length",
-        "message",
-        "offset",
-        "tag",
-    )
-
-    def __init__(self, kind: int, flags: int, cookie: int, offset: int, length: int) -> None:
-        self.kind = kind
-        self.flags = flags
-        self.cookie = cookie
-        self.offset = offset
-        self.length = length
-        self.header = b""
-        self.error = 0
-        self.message = ""
-        self.done = False
-        self.tag: object = None
-        self._got = 0  # bytes of a READ that were told
-        self._pieces = 0  # content chunks seen
-        self._covered: list[int] = []  # of a READ: starts and ends of what was told, joined, sorted
-        self._pending: set[int] = set()  # of a BLOCK_STATUS: contexts not reported yet
-
-    def __repr__(self) -> str:
-        return f"<Transaction {COMMAND_NAMES[self.kind]} {self.offset:#x}+{self.length:#x}>"
-
-
-class Data:
-    """Data of a READ: bytes of the export from `offset` on. data: a view of what `receive` was given."""
-
-    __slots__ = ("data", "offset", "transaction")
-
-    def __init__(self, transaction: Transaction, offset: int, data: memoryview) -> None:
-        self.transaction = transaction
-        self.offset = offset
-        self.data = data
-
-
-class Hole:
-    """Part of a READ: `length` bytes of the export from `offset` on are zero."""
-
-    __slots__ = ("length", "offset", "transaction")
-
-    def __init__(self, transaction: Transaction, offset: int, length: int) -> None:
-        self.transaction = transaction
-        self.offset = offset
-        self.length = length
-
-
-class Status:
-    """Block status of one context: (length in bytes, status flags) from the transaction's offset on.
-
-    The last extent may reach past the range asked for, or all of them may end before it.
-    """
-
-    __slots__ = ("context", "extents", "transaction")
-
-    def __init__(self, transaction: Transaction, context: int, extents: list[StatusExtent]) -> None:
-        self.transaction = transaction
-        self.context = context
-        self.extents = extents
-
-
-class Failed:
-    """Part of a reply is an error. offset: the byte of the export it is about, None for all of it."""
-
-    __slots__ = ("error", "message", "offset", "transaction")
-
-    def __init__(self, transaction: Transaction, error: int, message: str, offset: int | None) -> None:
-        self.transaction = transaction
-        self.error = error
-        self.message = message
-        self.offset = offset
-
-
-class Done:
-    """The reply is complete; `transaction.error` tells how it went."""
-
-    __slots__ = ("transaction",)
-
-    def __init__(self, transaction: Transaction) -> None:
-        self.transaction = transaction
-
-
-if TYPE_CHECKING:
-    ReplyEvent = Data | Hole | Status | Failed | Done
 
 
 class ClientTransmission:
@@ -276,7 +166,7 @@ class ClientTransmission:
         self._cookie += 1
         transaction = Transaction(kind, flags, self._cookie, offset, length)
         if kind == CMD_BLOCK_STATUS:
-            transaction._pending = set(self.session.contexts if contexts is None else contexts)
+            transaction.pending = set(self.session.contexts if contexts is None else contexts)
         header = bytearray(self.session.codec.request_size)
         self.session.codec.pack_request_into(header, 0, flags, kind, self._cookie, offset, wire_length)
         transaction.header = bytes(header) + payload
@@ -471,7 +361,7 @@ class ClientTransmission:
         elif current.kind == CMD_BLOCK_STATUS or (current.kind == CMD_READ and self._style != SIMPLE):
             raise ProtocolError(f"simple reply to {current!r} cannot carry its answer")
         elif current.kind == CMD_READ:
-            self._tell(current.offset, current.length)
+            current.tell(current.offset, current.length)
             self._begin_data(current.offset, current.length)
         else:
             self._end_of_chunk()
@@ -510,7 +400,7 @@ class ClientTransmission:
 
     def _on_data(self, item: Buffer) -> None:
         at = U64.unpack(item)[0]
-        self._tell(at, self._size)
+        self._current.tell(at, self._size)
         self._begin_data(at, self._size)
 
     def _begin_data(self, at: int, size: int) -> None:
@@ -520,7 +410,7 @@ class ClientTransmission:
         at, length = HOLE.unpack(item)
         if not length:
             raise ProtocolError("a hole of no bytes")
-        self._tell(at, length)
+        self._current.tell(at, length)
         self._events.append(Hole(self._current, at, length))
         self._end_of_chunk()
 
@@ -537,15 +427,7 @@ class ClientTransmission:
                 raise ProtocolError(f"a block status chunk of {size} bytes")
             fields = Struct(f">{(size - 4) // 4}I").unpack_from(item, 4)
         lengths = fields[0::2]
-        if context not in current._pending:
-            raise ProtocolError(f"block status of context {context}, not asked for or told already")
-        if 0 in lengths:
-            raise ProtocolError("block status with an extent of no bytes")
-        if current.flags & CMD_FLAG_REQ_ONE and (len(lengths) > 1 or lengths[0] > current.length):
-            raise ProtocolError("block status of more than the one extent asked for")
-        if sum(lengths) - lengths[-1] >= current.length:
-            raise ProtocolError("block status goes on behind the end of what was asked")
-        current._pending.remove(context)
+        current.tell_status(context, lengths)
         self._events.append(Status(current, context, list(zip(lengths, fields[1::2], strict=True))))
         self._end_of_chunk()
 
@@ -572,44 +454,11 @@ class ClientTransmission:
             current.error, current.message = error, message
         self._events.append(Failed(current, error, message, offset))
 
-    def _tell(self, at: int, length: int) -> None:
-        """Enter `length` bytes from `at` on as told; they must belong to the READ and be new."""
-        current = self._current
-        end = at + length
-        if at < current.offset or end > current.offset + current.length:
-            raise ProtocolError(f"data {at:#x}+{length:#x} is not part of {current!r}")
-        current._pieces += 1
-        if current.flags & CMD_FLAG_DF and current._pieces > 1:
-            raise ProtocolError(f"more than one piece for {current!r}, which must not be fragmented")
-        covered = current._covered
-        current._got += length
-        if not covered:
-            covered += (at, end)
-        elif at == covered[-1]:
-            covered[-1] = end
-        else:
-            # Starts stand at even indexes, ends at odd ones: an odd place is inside a piece.
-            place = bisect_right(covered, at)
-            if place & 1 or (place < len(covered) and covered[place] < end):
-                raise ProtocolError(f"data {at:#x}+{length:#x} of {current!r} is told twice")
-            joined_left = place > 0 and covered[place - 1] == at
-            joined_right = place < len(covered) and covered[place] == end
-            first, last = place - joined_left, place + joined_right
-            covered[first:last] = ([] if joined_left else [at]) + ([] if joined_right else [end])
-            if len(covered) > 2 * MAX_REPLY_PIECES:
-                raise TooLargeError(f"scattering of {current!r}", len(covered) // 2, MAX_REPLY_PIECES)
-
     def _end_of_chunk(self) -> None:
         self._expect_header()
         if not self._flags & REPLY_FLAG_DONE:
             return
         current = self._current
-        if not current.error:
-            if current.kind == CMD_READ and current._got != current.length:
-                missing = current.length - current._got
-                raise ProtocolError(f"{current!r} ends without {missing} of its bytes and without an error")
-            if current._pending:
-                raise ProtocolError(f"{current!r} ends without {len(current._pending)} of its contexts")
-        current.done = True
+        current.finish()
         del self._open[current.cookie]
         self._events.append(Done(current))
