@@ -38,7 +38,7 @@ def test_the_loop_stays_free_and_cancelling_leaves_nothing(
 ) -> None:
     import time
 
-    from enban.jobs.copier import Sources
+    from enban.jobs.sources import Sources
 
     source = tmp_path / "a.raw"
     source.write_bytes(b"abc" * (4 << 20))

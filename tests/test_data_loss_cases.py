@@ -48,7 +48,7 @@ from enban.lab.qcow2_reader import Qcow2Reader
 from enban.storage import host
 from enban.storage.file import open_file
 from enban.storage.memory import MemoryStorage
-from enban.wire.qcow2 import unpack_compressed
+from enban.wire.qcow2_entries import unpack_compressed
 from tests.support import (
     KIB,
     MIB,

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .jobs.backup import BackupResult
     from .jobs.check import CheckResult
     from .jobs.copier import ConvertResult
-    from .wire.qcow2 import SnapshotEntry
+    from .wire.qcow2_snapshots import SnapshotEntry
 
     T = TypeVar("T")
     Ts = TypeVarTuple("Ts")

@@ -15,7 +15,7 @@ import pytest
 import enban
 from enban.errors import EnbanError, UsageError
 from enban.jobs.convert import convert
-from enban.jobs.copier import find_data
+from enban.jobs.zeroes import find_data
 from tests.support import check_file, make_qcow2, needs_qemu_img, pattern, qemu_check, qemu_img
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -246,7 +246,7 @@ def slow_convert(source: Path, target: Path, *more: str) -> subprocess.Popen[byt
     """A convert in a process of its own whose reads take long enough to be interrupted."""
     code = (
         "import sys, time\n"
-        "from enban.jobs.copier import Sources\n"
+        "from enban.jobs.sources import Sources\n"
         "from enban.jobs import journal\n"
         "journal.INTERVAL_S = 0.1\n"
         "honest = Sources.read\n"

@@ -25,7 +25,7 @@ from enban.formats.qcow2 import allocation, barrier, clearing, mapping, resize, 
 from enban.formats.qcow2.node import Qcow2Node
 from enban.formats.raw import RawNode
 from enban.lab import kill
-from enban.wire.qcow2 import COMPRESSED, unpack_compressed
+from enban.wire.qcow2_entries import COMPRESSED, unpack_compressed
 
 Break = Callable[[MonkeyPatch], None]
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from ..extent import Extent
-    from ..wire.qcow2 import SnapshotEntry
+    from ..wire.qcow2_snapshots import SnapshotEntry
     from .bitmaps import BitmapInfo
     from .door import Door
     from .node import Node

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing import Any, Protocol, TypeVar
 
     from ..extent import Extent
-    from ..wire.qcow2 import SnapshotEntry
+    from ..wire.qcow2_snapshots import SnapshotEntry
     from .bitmaps import Bitmaps
     from .mover import PlannedWrite
     from .node import Node
@@ -246,7 +246,7 @@ class Door:
         VM state that was written since the last snapshot goes with it."""
         from time import time_ns
 
-        from ..wire.qcow2 import SnapshotEntry
+        from ..wire.qcow2_snapshots import SnapshotEntry
 
         self._check_write(0, 0)
         entry = SnapshotEntry()

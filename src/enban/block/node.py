@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..units import GuestOffset, HostOffset
-    from ..wire.qcow2 import SnapshotEntry
+    from ..wire.qcow2_snapshots import SnapshotEntry
     from .bitmaps import Bitmaps
     from .cipher import Cipher
     from .locks import RangeLocks

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 from ..block.disk import Disk
 from ..errors import CorruptImageError, EnbanError, PeerError, UnsupportedOperationError, UsageError
-from ..wire.qcow2 import SnapshotEntry
+from ..wire.qcow2_snapshots import SnapshotEntry
 from .disks import GuestDisk
 from .qmp import Monitor
 

@@ -16,8 +16,9 @@ from ..block.runtime import BLOCKING, drive
 from ..catalog import open_door
 from ..errors import EnbanError, ImageError, UnsupportedOperationError, UsageError
 from ..units import align_up
-from .copier import PIECE, ZEROES, ConvertResult, Copier, Sources, run_workers
+from .copier import PIECE, ConvertResult, Copier, run_workers
 from .create import prepare_target
+from .sources import ZEROES, Sources
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

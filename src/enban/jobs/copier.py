@@ -16,28 +16,25 @@ from ..block.codec import deflater
 from ..block.disk import Disk
 from ..block.mover import fill_zeroes
 from ..block.runtime import drive
-from ..errors import InternalError
-from ..extent import COMPRESSED, DATA, UNALLOCATED, ZERO
+from ..extent import DATA
 from ..units import align_down, align_up
 from .in_order import InOrder, Stopped
+from .packing import ZEROS, Packer, runs
+from .sources import READ, SKIP
+from .zeroes import find_data
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..block.mover import PlannedWrite
-    from ..block.node import Node
     from ..block.requests import Request
     from ..block.storage import Storage
-    from ..extent import Extent
+    from .packing import Unit
     from .progress import Report
+    from .sources import Sources
 
 PIECE = 2 << 20
-
-# What is to be done with a range of the source.
-READ = 1  # it may hold data
-ZEROES = 2  # it reads as zeros
-SKIP = 3  # the target's backing file has it
 
 
 class ConvertResult:
@@ -54,130 +51,18 @@ class ConvertResult:
         self.resumed_at = 0
 
 
-class Sources:
-    """One or more disks read as if they stood one after the other."""
-
-    def __init__(self, disks: list[Disk], *, top_only: bool, dense: bool = False) -> None:
-        self.disks = disks
-        self.top_only = top_only
-        self.dense = dense  # zeros are copied like any other data
-        self.starts: list[int] = []
-        self.holes: dict[Node, bool] = {}
-        self.size = 0
-        for disk in disks:
-            self.size = align_up(self.size, 512)  # each begins at a sector, as in qemu-img
-            self.starts.append(self.size)
-            self.size += disk.size
-
-    def find(self, offset: int) -> tuple[Disk, int]:
-        for disk, start in zip(reversed(self.disks), reversed(self.starts), strict=True):
-            if offset >= start:
-                return disk, start
-        raise InternalError("offset before the first source", hint="please report this")
-
-    def extent(self, offset: int, length: int) -> tuple[int, int]:
-        """(bytes from `offset` that are of one kind, READ, ZEROES or SKIP)."""
-        disk, start = self.find(offset)
-        inside = offset - start
-        if inside >= disk.size:  # rounding behind a source
-            return min([length, *(later - offset for later in self.starts if later > offset)]), ZEROES
-        extent = self.where(disk, inside, min(length, disk.size - inside))
-        if self.top_only and extent.depth:
-            return extent.length, SKIP
-        if self.dense:
-            return extent.length, READ
-        if extent.kind in (ZERO, UNALLOCATED):
-            return extent.length, ZEROES
-        if extent.kind == DATA and extent.storage is not None and self._holes(extent.node):
-            hole, n = drive(extent.storage.status(extent.host, extent.length))
-            return n, ZEROES if hole else READ
-        if extent.kind == COMPRESSED and not extent.depth:  # its neighbours too: they are unpacked together
-            runs = extent.node.runs(inside, min(length, disk.size - inside))
-            if runs:
-                return runs[0][1], READ
-        return extent.length, READ
-
-    def _holes(self, node: Node) -> bool:
-        """Whether it pays to ask the storage of a node for holes."""
-        answer = self.holes.get(node)
-        if answer is None:
-            answer = self.holes[node] = drive(node.holes())
-        return answer
-
-    def where(self, disk: Disk, offset: int, length: int) -> Extent:
-        return drive(disk.door.extent(offset, length))
-
-    def read(self, buffer: memoryview, offset: int) -> None:
-        """Fill a buffer with what the sources hold; not from the rounding between them."""
-        while buffer:
-            disk, start = self.find(offset)
-            n = min(len(buffer), disk.size - (offset - start))
-            drive(disk.door.read_into(buffer[:n], offset - start))
-            buffer = buffer[n:]
-            offset += n
-
-
 # Laying out 64 MiB at once makes writing 1 GiB into a new file 1.6 times as fast on ext4; pieces of 2 MiB
 # gain half of that, small ones nothing.
 _LAY_OUT_STEP = 64 << 20
 _LAY_OUT_LEAST = 128 << 10
 
-_BLOCK = 1 << 16
-_zeroes: dict[int, bytearray] = {}
-
-
-def is_zero(view: memoryview) -> bool:
-    """Whether a buffer is all zeros.
-
-    A bytearray on the left compares at memory speed, the other way round element by element. The
-    zeros to compare with are kept, by length, and short: making large ones anew costs more in page
-    faults than all the comparing.
-    """
-    for start in range(0, len(view), _BLOCK):
-        part = view[start : start + _BLOCK]
-        zeroes = _zeroes.get(len(part))
-        if zeroes is None:
-            if len(_zeroes) > 128:
-                _zeroes.clear()
-            zeroes = _zeroes[len(part)] = bytearray(len(part))
-        if zeroes != part:
-            return False
-    return True
-
-
-def find_data(view: memoryview, grain: int) -> list[tuple[int, int]]:
-    """The parts [start, end) of a buffer that are not zero, in units of `grain` bytes.
-
-    A unit whose first byte is not zero needs no further look; only the others are compared.
-    """
-    if is_zero(view):
-        return []
-    found: list[tuple[int, int]] = []
-    start = 0
-    firsts = bytes(view[::grain])
-    position = firsts.find(0)
-    while position >= 0:
-        here = position * grain
-        end = min(here + grain, len(view))
-        if is_zero(view[here:end]):
-            if here > start:
-                found.append((start, here))
-            start = end
-        position = firsts.find(0, position + 1)
-    if start < len(view):
-        found.append((start, len(view)))
-    return found
-
-
 _NOTHING = memoryview(b"")
-_PLAIN, _ZEROS = b"", None
 # Packed pieces that may wait for an earlier one: random data is packed 20 times as fast as text.
 _MOST_PACKED = 8
 
 
 class _Piece:
-    """buffer, units: what was read and packed, while that waits to be stored. Of a unit, the offset in the
-    buffer, and the packed cluster; _PLAIN where packing saves nothing, _ZEROS for zeros to be written."""
+    """buffer, units: what was read and packed, while that waits to be stored."""
 
     __slots__ = ("buffer", "length", "number", "start", "units", "zero")
 
@@ -187,7 +72,7 @@ class _Piece:
         self.length = length
         self.zero = zero  # all of it reads as zeros
         self.buffer = _NOTHING
-        self.units: list[tuple[int, bytes | None]] = []
+        self.units: list[Unit] = []
 
 
 class Copier:
@@ -220,7 +105,10 @@ class Copier:
         self.result = result
         self.cluster = target.node.cluster_size
         self.stride = max(PIECE, self.cluster)
-        self.deflate = deflater(target.node.codec) if compress else None
+        self._packer: Packer | None = None
+        if compress:
+            deflate = deflater(target.node.codec)
+            self._packer = Packer(sources, deflate, self.cluster, reads_zero=self.reads_zero)
         self._guard = threading.Lock()
         self._turn = threading.Condition(self._guard)
         self._position = start
@@ -302,7 +190,7 @@ class Copier:
                 except IndexError:
                     buffer = memoryview(bytearray(self.stride))
                 piece.buffer = buffer
-                if self.deflate is not None:
+                if self._packer is not None:
                     self._pack(piece)
                 else:
                     self._copy(piece, buffer)
@@ -412,64 +300,28 @@ class Copier:
 
     def _pack(self, piece: _Piece) -> None:
         """Read and pack a piece, and leave it to be stored after those before it."""
+        assert self._packer is not None
         if not piece.zero:
-            self._pack_units(piece)
+            view = piece.buffer[: piece.length]
+            fill_zeroes(view)
+            self._read(piece, view)
+            piece.units = self._packer.units(view, piece.start)
         if self.out_of_order:
             self._store_packed(piece)
         else:
             self._packed.bring(piece.number, piece)
-
-    def _pack_units(self, piece: _Piece) -> None:
-        deflate, cluster = self.deflate, self.cluster
-        assert deflate is not None
-        view = piece.buffer[: piece.length]
-        fill_zeroes(view)
-        self._read(piece, view)
-        for first in range(0, len(view), cluster):
-            data = view[first : first + cluster]
-            if not self.reads_zero:
-                skipped = self._skipped(piece.start + first, len(data))
-                if skipped == len(data):
-                    continue
-                if skipped:  # a cluster is packed whole: with what shows through from below
-                    self._read_through(data, piece.start + first)
-            if is_zero(data):
-                if not self.reads_zero:
-                    piece.units.append((first, _ZEROS))
-                continue
-            if len(data) < cluster:  # the last cluster of the disk
-                data = memoryview(bytes(data) + bytes(cluster - len(data)))
-            small = deflate(data)
-            piece.units.append((first, small if len(small) < cluster else _PLAIN))
-
-    def _read_through(self, view: memoryview, start: int) -> None:
-        done = 0
-        while done < len(view):
-            n, kind = self.sources.extent(start + done, len(view) - done)
-            if kind != ZEROES:
-                self.sources.read(view[done : done + n], start + done)
-            done += n
-
-    def _skipped(self, start: int, length: int) -> int:
-        """How many bytes of a range are left to what is below the target."""
-        found, end = 0, start + length
-        while start < end:
-            n, kind = self.sources.extent(start, end - start)
-            found += n if kind == SKIP else 0
-            start += n
-        return found
 
     def _store_packed(self, piece: _Piece) -> None:
         door, file, start = self.target.door, self.target.node.file, piece.start
         if piece.zero:
             self._zero(start, piece.length)
         self._lay_out(file, file.size(), self.stride)
-        for first, run in _runs(piece.units, self.cluster):
+        for first, run in runs(piece.units, self.cluster):
             last = min(first + len(run) * self.cluster, piece.length)
             packed = [unit for unit in run if unit]
             if packed:
                 drive(door.write_packed_run(packed, start + first))
-            elif run[0] is _ZEROS:
+            elif run[0] is ZEROS:
                 self.target.write_zeroes(start + first, last - first)
             else:
                 drive(door.write(piece.buffer[first:last], start + first))
@@ -500,20 +352,6 @@ class Copier:
             else:
                 self._zero(position, length)
             position += length
-
-
-def _runs(units: list[tuple[int, bytes | None]], cluster: int) -> list[tuple[int, list[bytes | None]]]:
-    """Neighbours of one kind, packed, plain or zeros, together: (offset of the first, what they are)."""
-    found: list[tuple[int, list[bytes | None]]] = []
-    for first, unit in units:
-        if found:
-            start, run = found[-1]
-            alike = bool(run[0]) == bool(unit) and (run[0] is _ZEROS) == (unit is _ZEROS)
-            if alike and start + len(run) * cluster == first:
-                run.append(unit)
-                continue
-        found.append((first, [unit]))
-    return found
 
 
 def _joined(writes: list[tuple[int, int]]) -> list[tuple[int, int]]:

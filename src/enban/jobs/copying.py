@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from enban.block.runtime import drive
-from enban.jobs.copier import find_data
+from enban.jobs.zeroes import find_data
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -12,16 +12,18 @@ import sys
 from ..block.codec import deflater
 from ..errors import HostError, UsageError, from_oserror
 from ..units import align_up
-from .copier import PIECE, READ, ConvertResult, find_data, is_zero
+from .copier import PIECE, ConvertResult
 from .create import prepare_target
+from .sources import READ
+from .zeroes import find_data, is_zero
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ..block.cipher import Passphrase
     from ..block.disk import Disk
     from ..block.gate import Gate
-    from .copier import Sources
     from .progress import Report
+    from .sources import Sources
 
 
 def write_stdout(sources: Sources, format: str, progress: Report | None) -> ConvertResult:

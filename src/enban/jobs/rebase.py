@@ -18,10 +18,10 @@ from enban.block.mover import fill_zeroes
 from enban.block.runtime import BLOCKING, drive
 from enban.catalog import Opener
 from enban.errors import UsageError
-from enban.jobs.copier import find_data, is_zero
 from enban.jobs.copying import PIECE, Writer, pieces
 from enban.jobs.create import open_backing
 from enban.jobs.map import PRESENT, READS_ZERO, padded, pairs, same_place, walk
+from enban.jobs.zeroes import find_data, is_zero
 from enban.units import SECTOR, align_down, align_up
 
 _EQUAL, _ZERO, _DATA = 0, 1, 2

@@ -1,4 +1,8 @@
-"""qcow2 structures (versions 2 and 3), bytes to fields and back.
+"""The qcow2 header (versions 2 and 3) and its extensions, bytes to fields and back.
+
+Entries of its tables are in `qcow2_entries`, the snapshot table in `qcow2_snapshots`, bitmaps in
+`qcow2_bitmaps`. Rule kept: what is parsed is checked against the limits, and what is not understood is
+carried along or refused by name.
 
 All numbers are big-endian. The section names in the docstrings are those of the format's
 published specification (docs/interop/qcow2.txt of QEMU); docs/formats/qcow2.md tells it in
@@ -43,7 +47,6 @@ MAX_L1_BYTES = 32 << 20
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 MAX_BACKING_NAME = 1023
 MAX_SNAPSHOTS = 65536
-MAX_SNAPSHOT_TABLE_BYTES = 64 << 20
 
 # Incompatible features: an image with one we do not know must not be opened.
 DIRTY, CORRUPT, EXTERNAL_DATA, COMPRESSION_TYPE, EXTENDED_L2 = 1, 2, 4, 8, 16
@@ -74,18 +77,6 @@ EXT_DATA_FILE = 0x44415441
 
 COMPRESSION_NAMES = {0: "zlib", 1: "zstd"}
 COMPRESSION_NUMBERS = {name: number for number, name in COMPRESSION_NAMES.items()}
-
-# L1, L2 and refcount table entries ("L1 table entry", "L2 table entry").
-COPIED = 1 << 63  # the refcount is exactly 1: may be written in place
-COMPRESSED = 1 << 62
-ALL_ZERO = 1  # version 3: the cluster reads as zeros
-OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
-L1_RESERVED = 0x7F00_0000_0000_01FF
-L2_RESERVED = 0x3F00_0000_0000_01FE  # of a standard cluster entry
-REFTABLE_MASK = 0xFFFF_FFFF_FFFF_FE00
-SUBCLUSTERS = 32
-ALL_ALLOCATED = 0x0000_0000_FFFF_FFFF
-ALL_ZEROES = 0xFFFF_FFFF_0000_0000
 
 
 class Header:
@@ -397,150 +388,3 @@ def _check_tables(header: Header, bad: object) -> None:
         raise bad(f"{header.snapshot_count} snapshots are more than {MAX_SNAPSHOTS}", 60)
     if header.snapshot_count and (header.snapshots_offset % cluster_size or not header.snapshots_offset):
         raise bad("snapshot table is not at a cluster boundary", 64)
-
-
-# -- compressed cluster descriptors ("Compressed Clusters Descriptor") ---------------------
-#
-#   bits 0 .. x-1     host offset of the packed data, any byte
-#   bits x .. 61      additional 512-byte sectors after the one the offset is in
-#   with x = 62 - (cluster_bits - 8)
-
-
-def unpack_compressed(entry: int, cluster_bits: int) -> tuple[int, int]:
-    """(host offset, bytes to read) of a compressed cluster; the count runs to a sector's end."""
-    shift = 62 - (cluster_bits - 8)
-    host = entry & (1 << shift) - 1
-    sectors = (entry & COMPRESSED - 1) >> shift
-    return host, (sectors + 1) * 512 - host % 512
-
-
-def pack_compressed(host: int, length: int, cluster_bits: int) -> int:
-    """The L2 entry of `length` packed bytes at `host`."""
-    shift = 62 - (cluster_bits - 8)
-    sectors = (host + length - 1) // 512 - host // 512
-    return COMPRESSED | sectors << shift | host
-
-
-# -- snapshots ("Snapshots") ---------------------------------------------------------------
-
-_SNAPSHOT = Struct(">QIHHIIQII")
-
-
-class SnapshotEntry:
-    """One entry of the snapshot table.
-
-    disk_size: virtual size in bytes when it was taken; vm_state_size: bytes of VM state.
-    date_s, date_ns: when it was taken; vm_clock_ns: guest time; icount: None if not stored.
-    """
-
-    __slots__ = (
-        "date_ns",
-        "date_s",
-        "disk_size",
-        "extra",
-        "icount",
-        "id",
-        "l1_entries",
-        "l1_offset",
-        "name",
-        "vm_clock_ns",
-        "vm_state_size",
-    )
-
-    def __init__(self) -> None:
-        self.l1_offset = 0
-        self.l1_entries = 0
-        self.id = ""
-        self.name = ""
-        self.date_s = 0
-        self.date_ns = 0
-        self.vm_clock_ns = 0
-        self.vm_state_size = 0
-        self.disk_size = 0
-        self.icount: int | None = None
-        self.extra = b""
-
-    def __repr__(self) -> str:
-        state = f", {self.vm_state_size} bytes of VM state" if self.vm_state_size else ""
-        return f"<SnapshotEntry {self.id} {self.name!r} {self.disk_size} bytes{state}>"
-
-
-def parse_snapshots(
-    data: bytes | bytearray, header: Header, *, path: str = ""
-) -> tuple[list[SnapshotEntry], int]:
-    """(the snapshot table's entries, the table's length in bytes). `data` may run on after it.
-
-    Raises CorruptImageError.
-    """
-    entries = []
-    position = 0
-    for number in range(header.snapshot_count):
-        if position + _SNAPSHOT.size > len(data):
-            raise CorruptImageError(
-                f"snapshot table ends inside entry {number}", path=path, offset=header.snapshots_offset
-            )
-        entry = SnapshotEntry()
-        (
-            entry.l1_offset,
-            entry.l1_entries,
-            id_length,
-            name_length,
-            entry.date_s,
-            entry.date_ns,
-            entry.vm_clock_ns,
-            small_vm_state,
-            extra_length,
-        ) = _SNAPSHOT.unpack_from(data, position)
-        position += _SNAPSHOT.size
-        end = position + extra_length + id_length + name_length
-        if end > len(data):
-            raise CorruptImageError(
-                f"snapshot table ends inside entry {number}", path=path, offset=header.snapshots_offset
-            )
-        extra = bytes(data[position : position + extra_length])
-        position += extra_length
-        entry.vm_state_size = int.from_bytes(extra[0:8], "big") if len(extra) >= 8 else small_vm_state
-        entry.disk_size = int.from_bytes(extra[8:16], "big") if len(extra) >= 16 else header.size
-        if len(extra) >= 24 and extra[16:24] != b"\xff" * 8:
-            entry.icount = int.from_bytes(extra[16:24], "big")
-        entry.extra = extra[24:]
-        entry.id = data[position : position + id_length].decode("utf-8", "replace")
-        position += id_length
-        entry.name = data[position : position + name_length].decode("utf-8", "replace")
-        position = -(-end // 8) * 8
-        if entry.l1_entries * 8 > MAX_L1_BYTES or entry.l1_offset % header.cluster_size:
-            raise CorruptImageError(
-                f"snapshot '{entry.name}' has {entry.l1_entries} L1 entries at {entry.l1_offset:#x}",
-                path=path,
-                offset=header.snapshots_offset,
-            )
-        entries.append(entry)
-    return entries, position
-
-
-def build_snapshots(entries: list[SnapshotEntry]) -> bytes:
-    """The snapshot table of these entries. Raises UnsupportedOperationError if it would be too large."""
-    out = bytearray()
-    for entry in entries:
-        icount = 0xFFFF_FFFF_FFFF_FFFF if entry.icount is None else entry.icount
-        numbers = (entry.vm_state_size, entry.disk_size, icount)
-        extra = b"".join(number.to_bytes(8, "big") for number in numbers) + entry.extra
-        ident, name = entry.id.encode(), entry.name.encode()
-        if len(ident) > 0xFFFF or len(name) > 0xFFFF:
-            raise UnsupportedOperationError("a snapshot's name is longer than 65535 bytes")
-        out += _SNAPSHOT.pack(
-            entry.l1_offset,
-            entry.l1_entries,
-            len(ident),
-            len(name),
-            entry.date_s,
-            entry.date_ns,
-            entry.vm_clock_ns,
-            min(entry.vm_state_size, 0xFFFF_FFFF),
-            len(extra),
-        )
-        out += extra + ident + name
-        out += bytes(-len(out) % 8)
-    if len(out) > MAX_SNAPSHOT_TABLE_BYTES or len(entries) > MAX_SNAPSHOTS:
-        raise UnsupportedOperationError("the image cannot hold more snapshots")
-    return bytes(out)

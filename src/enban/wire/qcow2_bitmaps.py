@@ -15,7 +15,7 @@ from __future__ import annotations
 from struct import Struct
 
 from ..errors import CorruptImageError
-from .qcow2 import OFFSET_MASK
+from .qcow2_entries import OFFSET_MASK
 
 _EXTENSION = Struct(">IIQQ")
 _ENTRY = Struct(">QIIBBHI")

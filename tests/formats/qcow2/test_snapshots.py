@@ -336,7 +336,7 @@ def test_huge_snapshot_tables_in_holes_take_no_memory(tmp_path: Path) -> None:
     """The snapshot table says 20 L1 tables of 32 MiB, in clusters of 512 bytes; all are holes."""
     import tracemalloc
 
-    from enban.wire.qcow2 import SnapshotEntry, build_snapshots
+    from enban.wire.qcow2_snapshots import SnapshotEntry, build_snapshots
 
     path = make_qcow2(tmp_path / "disk.qcow2", 1 << 20, cluster_size=512)
     entries = []

@@ -7,7 +7,7 @@ planned here; `link_entries` is what `publish` does; `undo` is what `abandon` do
 from __future__ import annotations
 
 from ...block.node import Piece
-from ...wire.qcow2 import ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, SUBCLUSTERS
+from ...wire.qcow2_entries import ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, SUBCLUSTERS
 from ..common.tables import L2Table
 from .mapping import bad_entry, subcluster_kind
 

@@ -13,17 +13,14 @@ from array import array
 from ...block import mover
 from ...errors import HostError, NoSpaceError, UnsupportedOperationError
 from ...wire.qcow2 import (
-    ALL_ZERO,
     AUTOCLEAR_BITMAPS,
-    COMPRESSED,
     EXT_BITMAPS,
     EXT_FEATURE_NAMES,
     LAZY_REFCOUNTS,
     MAX_REFCOUNT_TABLE_BYTES,
-    OFFSET_MASK,
-    REFTABLE_MASK,
     feature_table,
 )
+from ...wire.qcow2_entries import ALL_ZERO, COMPRESSED, OFFSET_MASK, REFTABLE_MASK
 from ..common.tables import to_big_endian
 from .barrier import barrier
 from .refcounts import Refcounts, new_counts

@@ -9,8 +9,8 @@ from array import array
 
 from ...block.bitmaps import Bits, full_chunk
 from ...errors import CorruptImageError, NoSpaceError
-from ...wire.qcow2 import OFFSET_MASK
 from ...wire.qcow2_bitmaps import ALL_ONES, AUTO, IN_USE, BitmapEntry, valid_table_entry
+from ...wire.qcow2_entries import OFFSET_MASK
 from ..common.tables import from_big_endian, to_big_endian
 from .barrier import barrier
 

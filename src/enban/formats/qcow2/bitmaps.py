@@ -29,7 +29,7 @@ from ...errors import (
     UnsupportedOperationError,
     UsageError,
 )
-from ...wire.qcow2 import AUTOCLEAR_BITMAPS, EXT_BITMAPS, OFFSET_MASK
+from ...wire.qcow2 import AUTOCLEAR_BITMAPS, EXT_BITMAPS
 from ...wire.qcow2_bitmaps import (
     ALL_ONES,
     AUTO,
@@ -47,6 +47,7 @@ from ...wire.qcow2_bitmaps import (
     parse_bitmaps_extension,
     table_entries,
 )
+from ...wire.qcow2_entries import OFFSET_MASK
 from .barrier import barrier
 from .bitmap_tables import REPAIR, Bitmap, BitmapTables
 from .upkeep import write_first_sector

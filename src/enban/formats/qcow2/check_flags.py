@@ -7,7 +7,7 @@ only in tables that have their cluster to themselves.
 
 from __future__ import annotations
 
-from ...wire.qcow2 import COPIED, L1_RESERVED, L2_RESERVED, OFFSET_MASK
+from ...wire.qcow2_entries import COPIED, L1_RESERVED, L2_RESERVED, OFFSET_MASK
 from ..common.tables import SECTOR_ENTRIES, from_big_endian, sector_runs, to_big_endian
 from .check_counts import decode, encode, parts
 from .check_layout import sound

@@ -20,12 +20,10 @@ from ...wire.qcow2 import (
     EXT_BITMAPS,
     EXT_CRYPTO,
     EXTERNAL_DATA,
-    L1_RESERVED,
     MAX_L1_BYTES,
-    OFFSET_MASK,
-    REFTABLE_MASK,
 )
 from ...wire.qcow2_bitmaps import parse_bitmap_directory, parse_bitmaps_extension, valid_table_entry
+from ...wire.qcow2_entries import L1_RESERVED, OFFSET_MASK, REFTABLE_MASK
 from ..common.tables import from_big_endian
 from .check_counts import sweep
 

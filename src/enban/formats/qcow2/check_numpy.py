@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...wire.qcow2 import ALL_ALLOCATED, ALL_ZERO, COMPRESSED, COPIED, L2_RESERVED, OFFSET_MASK
+from ...wire.qcow2_entries import ALL_ALLOCATED, ALL_ZERO, COMPRESSED, COPIED, L2_RESERVED, OFFSET_MASK
 from .check_counts import MOST_REFERENCES, Counts, Difference, expand
 from .check_tables import UNKNOWN
 

@@ -8,7 +8,7 @@ again in a more exact way.
 
 from __future__ import annotations
 
-from ...wire.qcow2 import COPIED, OFFSET_MASK
+from ...wire.qcow2_entries import COPIED, OFFSET_MASK
 from ..common.tables import from_big_endian
 from .check_counts import Counts
 from .check_tables import Tally, scan_table

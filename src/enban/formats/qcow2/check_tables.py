@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 
-from ...wire.qcow2 import (
+from ...wire.qcow2_entries import (
     ALL_ALLOCATED,
     ALL_ZERO,
     COMPRESSED,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from ...errors import UnsupportedFeatureError
 from ...units import align_up
-from ...wire.qcow2 import COMPRESSED, L2_RESERVED, OFFSET_MASK
+from ...wire.qcow2_entries import COMPRESSED, L2_RESERVED, OFFSET_MASK
 from ..common.findings import Findings
 from .check_layout import CHUNK, Image, Layout
 from .check_tables import RunTemplate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...units import align_down, align_up
-from ...wire.qcow2 import ALL_ZERO, COMPRESSED, OFFSET_MASK
+from ...wire.qcow2_entries import ALL_ZERO, COMPRESSED, OFFSET_MASK
 from ..common.tables import L2Table
 
 TYPE_CHECKING = False

@@ -6,16 +6,9 @@ import sys
 from array import array
 
 from ...errors import CorruptImageError
-from ...wire.qcow2 import (
-    AUTOCLEAR_BITMAPS,
-    AUTOCLEAR_RAW_DATA,
-    CORRUPT,
-    DIRTY,
-    EXT_BITMAPS,
-    LAZY_REFCOUNTS,
-    REFTABLE_MASK,
-)
+from ...wire.qcow2 import AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA, CORRUPT, DIRTY, EXT_BITMAPS, LAZY_REFCOUNTS
 from ...wire.qcow2_bitmaps import BitmapEntry, parse_bitmap_directory, parse_bitmaps_extension
+from ...wire.qcow2_entries import REFTABLE_MASK
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from ...errors import CorruptImageError
 from ...extent import COMPRESSED as PACKED
 from ...extent import DATA, UNALLOCATED, ZERO, Extent
-from ...wire.qcow2 import ALL_ZERO, COMPRESSED, OFFSET_MASK, unpack_compressed
+from ...wire.qcow2_entries import ALL_ZERO, COMPRESSED, OFFSET_MASK, unpack_compressed
 from ..common.progressions import run_ahead
 
 TYPE_CHECKING = False

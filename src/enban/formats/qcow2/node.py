@@ -29,21 +29,23 @@ from ...errors import (
 from ...extent import UNALLOCATED, Extent
 from ...units import align_down, align_up
 from ...wire.qcow2 import (
-    ALL_ZERO,
     AUTOCLEAR_BITMAPS,
     AUTOCLEAR_RAW_DATA,
-    COMPRESSED,
     COMPRESSION_NAMES,
-    COPIED,
     CORRUPT,
     EXT_BITMAPS,
     EXTERNAL_DATA,
+)
+from ...wire.qcow2_entries import (
+    ALL_ZERO,
+    COMPRESSED,
+    COPIED,
     OFFSET_MASK,
     REFTABLE_MASK,
-    build_snapshots,
     pack_compressed,
     unpack_compressed,
 )
+from ...wire.qcow2_snapshots import build_snapshots
 from ..common.tables import L2Table, TableCache, from_big_endian, to_big_endian
 from .allocation import Link, link_entries, new_packed, reserve_extended, reserve_standard, undo
 from .barrier import barrier
@@ -60,7 +62,8 @@ if TYPE_CHECKING:
     from ...block.runtime import Runtime
     from ...block.storage import Storage
     from ...units import Cluster, GuestOffset, HostOffset
-    from ...wire.qcow2 import Header, SnapshotEntry
+    from ...wire.qcow2 import Header
+    from ...wire.qcow2_snapshots import SnapshotEntry
     from .bitmaps import Qcow2Bitmaps
 
 _ALWAYS_KNOWN = 64 << 10  # bytes

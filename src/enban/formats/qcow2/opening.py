@@ -5,17 +5,8 @@ from __future__ import annotations
 from array import array
 
 from ...errors import CorruptImageError, UnsupportedFeatureError
-from ...wire.qcow2 import (
-    CORRUPT,
-    EXT_BACKING_FORMAT,
-    EXT_DATA_FILE,
-    MAX_SNAPSHOT_TABLE_BYTES,
-    Header,
-    SnapshotEntry,
-    header_span,
-    parse_header,
-    parse_snapshots,
-)
+from ...wire.qcow2 import CORRUPT, EXT_BACKING_FORMAT, EXT_DATA_FILE, Header, header_span, parse_header
+from ...wire.qcow2_snapshots import MAX_SNAPSHOT_TABLE_BYTES, SnapshotEntry, parse_snapshots
 from ..common.tables import from_big_endian
 from .node import Qcow2Node
 

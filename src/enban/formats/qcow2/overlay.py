@@ -14,7 +14,8 @@ it was.
 
 from __future__ import annotations
 
-from ...wire.qcow2 import COPIED, OFFSET_MASK, SnapshotEntry
+from ...wire.qcow2_entries import COPIED, OFFSET_MASK
+from ...wire.qcow2_snapshots import SnapshotEntry
 from ..common.tables import L2Table
 from .barrier import barrier
 from .create import Qcow2Options, write_empty

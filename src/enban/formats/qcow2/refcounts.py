@@ -16,7 +16,8 @@ import sys
 from array import array
 
 from ...errors import CorruptImageError, NoSpaceError, UnsupportedOperationError
-from ...wire.qcow2 import MAX_REFCOUNT_TABLE_BYTES, REFTABLE_MASK
+from ...wire.qcow2 import MAX_REFCOUNT_TABLE_BYTES
+from ...wire.qcow2_entries import REFTABLE_MASK
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -23,14 +23,8 @@ from array import array
 
 from ...errors import CorruptImageError, NoSpaceError, UnsupportedFeatureError
 from ...units import SECTOR, align_up
-from ...wire.qcow2 import (
-    AUTOCLEAR_BITMAPS,
-    AUTOCLEAR_RAW_DATA,
-    CORRUPT,
-    DIRTY,
-    MAX_REFCOUNT_TABLE_BYTES,
-    OFFSET_MASK,
-)
+from ...wire.qcow2 import AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA, CORRUPT, DIRTY, MAX_REFCOUNT_TABLE_BYTES
+from ...wire.qcow2_entries import OFFSET_MASK
 from ..common.findings import CORRUPTION, ERROR, LEAK, CheckResult, Findings
 from ..common.tables import from_big_endian, sector_runs, to_big_endian
 from .bitmaps import open_bitmaps

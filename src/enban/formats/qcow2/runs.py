@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ...extent import COMPRESSED as PACKED
 from ...extent import DATA, UNALLOCATED, ZERO
-from ...wire.qcow2 import ALL_ALLOCATED, ALL_ZERO, ALL_ZEROES, COMPRESSED, OFFSET_MASK
+from ...wire.qcow2_entries import ALL_ALLOCATED, ALL_ZERO, ALL_ZEROES, COMPRESSED, OFFSET_MASK
 from ..common.progressions import BATCH, run_ahead
 from .mapping import bad_entry, subcluster_kind
 

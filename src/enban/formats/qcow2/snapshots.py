@@ -6,7 +6,7 @@ from __future__ import annotations
 from array import array
 
 from ...errors import CorruptImageError, UnsupportedOperationError, UsageError
-from ...wire.qcow2 import SnapshotEntry
+from ...wire.qcow2_snapshots import SnapshotEntry
 from .switch import Change, read_l1, switch
 from .vm_state import drop, first_index
 

@@ -21,7 +21,8 @@ from __future__ import annotations
 from array import array
 
 from ...errors import EnbanError, HostError
-from ...wire.qcow2 import COMPRESSED, COPIED, OFFSET_MASK, SnapshotEntry, build_snapshots, unpack_compressed
+from ...wire.qcow2_entries import COMPRESSED, COPIED, OFFSET_MASK, unpack_compressed
+from ...wire.qcow2_snapshots import SnapshotEntry, build_snapshots
 from ..common.progressions import Consecutive, run_ahead
 from ..common.tables import from_big_endian, to_big_endian, toggle
 from .barrier import settle

@@ -21,8 +21,8 @@ from ...wire.qcow2 import (
     EXT_BITMAPS,
     EXT_FEATURE_NAMES,
     MAX_BACKING_NAME,
-    OFFSET_MASK,
 )
+from ...wire.qcow2_entries import OFFSET_MASK
 from .barrier import barrier
 
 TYPE_CHECKING = False

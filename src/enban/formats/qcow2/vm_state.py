@@ -20,7 +20,8 @@ from ...block import mover
 from ...block.node import Node, Piece
 from ...errors import CorruptImageError, UnsupportedOperationError
 from ...extent import Extent
-from ...wire.qcow2 import COMPRESSED, MAX_L1_BYTES, OFFSET_MASK
+from ...wire.qcow2 import MAX_L1_BYTES
+from ...wire.qcow2_entries import COMPRESSED, OFFSET_MASK
 from .barrier import barrier
 from .resize import grow_l1
 from .upkeep import drop_table
