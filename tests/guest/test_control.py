@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
+import pty
 import signal
 import socket
 import subprocess
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -227,3 +231,41 @@ def test_what_is_no_request_gets_an_answer() -> None:
     place.release()
     with socket.socket(socket.AF_UNIX) as sock, pytest.raises(OSError):
         sock.connect(place.file(places.CONTROL))
+
+
+@needs_qemu
+def test_in_a_terminal_keys_go_to_the_guest_and_the_escape_ends_it(tmp_path: Path) -> None:
+    disk = boot_disk(tmp_path / "guest.qcow2", "qcow2")
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(ours)
+
+    def take_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    runner = subprocess.Popen(
+        command(*small("--grace", "1", disk)),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment(),
+        start_new_session=True,
+        preexec_fn=take_terminal,
+    )
+    said = b""
+
+    def until(words: bytes) -> None:
+        nonlocal said
+        while words not in said:
+            said += os.read(ours, 4096)
+
+    until(b"memory 2 disk 2\r\n")
+    assert not termios.tcgetattr(ours)[3] & (termios.ECHO | termios.ICANON | termios.ISIG)  # raw
+    os.write(ours, b"x\x03")  # to the guest, Ctrl-C too
+    until(b"memory 4 disk 4\r\n")
+    os.write(ours, b"\x1d")
+    until(b"has not shut down within 1 s: ending QEMU")
+    assert runner.wait(30) == 0
+    assert termios.tcgetattr(ours) == before
+    os.close(ours)
+    os.close(theirs)
+    qemu_check(disk)
