@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
+import pty
 import signal
 import socket
 import subprocess
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -227,3 +231,80 @@ def test_what_is_no_request_gets_an_answer() -> None:
     place.release()
     with socket.socket(socket.AF_UNIX) as sock, pytest.raises(OSError):
         sock.connect(place.file(places.CONTROL))
+
+
+@needs_qemu
+def test_in_a_terminal_keys_go_to_the_guest_and_the_escape_ends_it(tmp_path: Path) -> None:
+    disk = boot_disk(tmp_path / "guest.qcow2", "qcow2")
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(ours)
+
+    def take_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    runner = subprocess.Popen(
+        command(*small("--grace", "1", disk)),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment(),
+        start_new_session=True,
+        preexec_fn=take_terminal,
+    )
+    said = b""
+
+    def until(words: bytes) -> None:
+        nonlocal said
+        while words not in said:
+            said += os.read(ours, 4096)
+
+    until(b"memory 2 disk 2\r\n")
+    assert not termios.tcgetattr(ours)[3] & (termios.ECHO | termios.ICANON | termios.ISIG)  # raw
+    os.write(ours, b"x\x03")  # to the guest, Ctrl-C too
+    until(b"memory 4 disk 4\r\n")
+    os.write(ours, b"\x1d")
+    until(b"has not shut down within 1 s: ending QEMU")
+    assert runner.wait(30) == 0
+    assert termios.tcgetattr(ours) == before
+    os.close(ours)
+    os.close(theirs)
+    qemu_check(disk)
+
+
+@pytest.mark.long
+@needs_qemu
+@pytest.mark.parametrize("victim", ["enban", "qemu"])
+def test_killed_in_the_middle_of_a_save_or_a_load_older_states_are_whole(tmp_path: Path, victim: str) -> None:
+    """The kill comes at another moment each time: 10 to 400 ms after the request was sent."""
+    disk, log = boot_disk(tmp_path / "guest.qcow2", "qcow2"), tmp_path / "serial"
+    with background("--serial", f"file:{log}", disk) as name:
+        number(log)
+        control.ask(name, "snapshot-save", tag="old")
+        saved = number(log)
+    for turn in range(12):
+        with background("--serial", f"file:{log}", disk) as name:
+            present = number(log)
+            pids = control.ask(name, "status")
+            request = (
+                {"do": "snapshot-load", "tag": "old"} if turn % 2 else {"do": "snapshot-save", "tag": "new"}
+            )
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(str(Path(places.base()) / name / places.CONTROL))
+                sock.sendall(json.dumps(request).encode() + b"\n")
+                time.sleep((0.01, 0.03, 0.06, 0.1, 0.2, 0.4)[turn // 2])
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pids["pid" if victim == "enban" else "qemu-pid"], signal.SIGKILL)
+            for _ in range(200):
+                if name not in places.running():
+                    break
+                time.sleep(0.05)
+            else:  # QEMU was replaced by then, so the one that was killed had ended
+                control.ask(name, "shutdown", force=True)
+        assert not enban.check(disk).corruptions
+        with background("--load", "old", "--serial", f"file:{log}", disk) as name:
+            assert saved - 1 <= number(log) <= saved + 4, f"turn {turn}, before it {present}"
+            states = {one["tag"]: one["complete"] for one in control.ask(name, "snapshot-list")}
+            assert states.pop("old") and set(states) <= {"new"}
+            if states:
+                assert states["new"]
+                control.ask(name, "snapshot-delete", tag="new")

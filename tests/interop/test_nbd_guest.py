@@ -1,38 +1,30 @@
 """A Linux guest on QEMU whose disk is our export: it mounts ext4, writes, trims; fsck finds it clean.
 
-The guest is Debian's cloud kernel with a busybox initramfs, fetched once with `apt-get download`
-into `.cache/guest`.
+The guest is that of `scripts/tiny_guest.py` with a program of its own.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 import enban
+from scripts import tiny_guest
+from scripts.tiny_guest import CACHE, newc
 from tests.interop.test_nbd_server import serve
 from tests.support import needs, qemu_check, qemu_img
 
-CACHE = Path(__file__).parents[2] / ".cache" / "guest"
-MODULES = (
-    "virtio_ring",
-    "virtio",
-    "virtio_pci_modern_dev",
-    "virtio_pci_legacy_dev",
-    "virtio_pci",
-    "virtio_blk",
-)
+__all__ = ["CACHE", "fetch", "newc"]  # the console guest of the keyboard tests is made of them too
+
 INIT = r"""#!/bin/busybox sh
 export PATH=/bin
 /bin/busybox mkdir -p /proc /sys /dev /mnt
 /bin/busybox --install -s /bin
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
-for module in %s; do insmod /modules/$module.ko || echo GUEST FAILED insmod $module; done
+for module in @modules@; do insmod /modules/$module.ko || echo GUEST FAILED insmod $module; done
 mount -t ext4 -o discard /dev/vda /mnt || echo GUEST FAILED mount
 mkdir /mnt/many
 for n in $(seq 1 200); do head -c $((n * 97)) /dev/urandom > /mnt/many/$n; done
@@ -53,68 +45,10 @@ poweroff -f
 
 def fetch() -> Path:
     """The folder with `kernel`, `busybox` and the modules; skips the test if it cannot be had."""
-    if (CACHE / "complete").exists():
-        return CACHE
-    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        pytest.skip("a guest needs Debian's apt-get and dpkg-deb")
-    depends = subprocess.run(
-        ["apt-cache", "depends", "linux-image-cloud-amd64"], capture_output=True, text=True, check=False
-    )
-    found = re.search(r"Depends: (linux-image-\S+-cloud-amd64\S*)", depends.stdout)
-    if found is None:
-        pytest.skip("apt knows no kernel for a guest (package linux-image-cloud-amd64)")
-    work = CACHE / f"making-{os.getpid()}"
-    work.mkdir(parents=True)
     try:
-        download = subprocess.run(
-            ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", found[1], "busybox-static"],
-            cwd=work,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        packages = sorted(work.glob("*.deb"))
-        if download.returncode or len(packages) != 2:
-            pytest.skip(f"packages for a guest cannot be fetched: {download.stderr.strip()[-200:]}")
-        for package in packages:
-            subprocess.run(["dpkg-deb", "-x", package, work / "root"], check=True, timeout=120)
-        (kernel,) = (work / "root" / "boot").glob("vmlinuz-*")
-        kernel.rename(CACHE / "kernel")
-        (work / "root" / "bin" / "busybox").rename(CACHE / "busybox")
-        for module in MODULES:
-            (path,) = (work / "root").rglob(f"{module}.ko")
-            path.rename(CACHE / f"{module}.ko")
-        (CACHE / "complete").touch()
-    finally:
-        shutil.rmtree(work)
-    return CACHE
-
-
-def newc(files: dict[str, tuple[int, bytes]]) -> bytes:
-    """An initramfs: a cpio archive in the "newc" form (kernel document initramfs-buffer-format)."""
-    out = bytearray()
-    entries = [*files.items(), ("TRAILER!!!", (0, b""))]
-    for number, (name, (mode, content)) in enumerate(entries, 1):
-        raw = name.encode() + b"\0"
-        fields = (number, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(raw), 0)
-        out += b"070701" + b"".join(b"%08X" % field for field in fields) + raw
-        out += bytes(-len(out) % 4) + content
-        out += bytes(-len(out) % 4)
-    return bytes(out)
-
-
-def initramfs(guest: Path) -> bytes:
-    files = {
-        "bin": (0o040755, b""),
-        "modules": (0o040755, b""),
-        "dev": (0o040755, b""),
-        "init": (0o100755, (INIT % " ".join(MODULES)).encode()),
-        "bin/busybox": (0o100755, (guest / "busybox").read_bytes()),
-    }
-    for module in MODULES:
-        files[f"modules/{module}.ko"] = (0o100644, (guest / f"{module}.ko").read_bytes())
-    return newc(files)
+        return tiny_guest.fetch()
+    except tiny_guest.CannotBuild as error:
+        pytest.skip(str(error))
 
 
 @needs("qemu-system-x86_64", "qemu-system-x86")
@@ -127,7 +61,7 @@ def test_a_guest_lives_on_our_export(tmp_path: Path) -> None:
         file.truncate(192 << 20)
     subprocess.run(["mkfs.ext4", "-q", "-F", raw], check=True, timeout=60)
     qemu_img("convert", "-f", "raw", "-O", "qcow2", raw, disk)
-    (tmp_path / "initramfs").write_bytes(initramfs(guest))
+    (tmp_path / "initramfs").write_bytes(tiny_guest.initramfs(guest, INIT))
     with serve(tmp_path, disk) as service:
         words = [
             "qemu-system-x86_64",
