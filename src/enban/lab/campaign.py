@@ -181,9 +181,11 @@ class Campaign:
             for part in self.parts:
                 share += SHARES.get(part.name, 5)
                 until = start + length * share / whole
-                while self.elapsed < until and len(self.findings) < MOST_FINDINGS:
-                    self._step(part)
+                while len(self.findings) < MOST_FINDINGS:
+                    self._step(part)  # one at least, even where the part before took longer than its share
                     self.soak.sample()
+                    if self.elapsed >= until:
+                        break
 
     def _step(self, part: Part) -> None:
         finding = part.step()
