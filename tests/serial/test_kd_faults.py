@@ -349,10 +349,15 @@ def test_a_slow_line(line: Make) -> None:
         made.target.hit(KERNEL_BASE + 0x1000)
         with made.connect() as debugger:
             debugger.state()
-            for number in range(8):
-                debugger.read(KERNEL_BASE, 50 + 20 * number)
-            (verdict,) = [v for v in made.tap.verdicts() if v.grade != "note"]
-            assert verdict.name == "line-rate"
+            names: list[str] = []
+            for number in range(64):  # on a busy machine it takes more of them to stand out
+                debugger.read(KERNEL_BASE, 50 + 20 * (number % 8))
+                if number % 8 == 7:
+                    names = [v.name for v in made.tap.verdicts() if v.grade != "note"]
+                    assert len(names) == 1 and names[0] in ("line-rate", "healthy")
+                    if names == ["line-rate"]:
+                        break
+            assert names == ["line-rate"]
             debugger.leave()
 
 
