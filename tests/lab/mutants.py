@@ -21,7 +21,7 @@ from enban.block.storage import Storage
 from enban.errors import HostError
 from enban.filters.base import Filter
 from enban.formats.qcow import barrier as qcow_barrier
-from enban.formats.qcow2 import allocation, barrier, clearing, mapping, resize, switch
+from enban.formats.qcow2 import allocation, barrier, clearing, leaving, mapping, resize, switch
 from enban.formats.qcow2.node import Qcow2Node
 from enban.formats.raw import RawNode
 from enban.lab import kill
@@ -239,7 +239,7 @@ def hole_punched_after_the_cluster_is_used_again(patch: MonkeyPatch) -> None:
             if other is node and stop > start:
                 await node.file.discard(start << node.cluster_bits, stop - start << node.cluster_bits)
 
-    patch.setattr(Qcow2Node, "_give_back", give_back)
+    patch.setattr(leaving, "_give_back", give_back)
 
 
 @mutant("crash", "512", long=True)

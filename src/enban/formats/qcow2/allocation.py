@@ -9,6 +9,7 @@ from __future__ import annotations
 from ...block.node import Piece
 from ...wire.qcow2_entries import ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, SUBCLUSTERS
 from ..common.tables import L2Table
+from .leaving import forget_clusters
 from .mapping import bad_entry, subcluster_kind
 
 TYPE_CHECKING = False
@@ -43,6 +44,21 @@ class Link:
         self.owned = owned
         self.masks = masks
         self.packed = packed
+
+
+def vet_table(node: Qcow2Node, index: int, table: L2Table) -> None:
+    """Refuse to write through a table that names metadata as guest data."""
+    metadata = node.refcounts.metadata
+    entries = table.entries[::2] if node.extended else table.entries
+    if node.external or metadata.isdisjoint(map(OFFSET_MASK.__and__, filter(None, entries))):
+        return
+    for position, entry in enumerate(entries):
+        if not entry & COMPRESSED and node.present(entry) and entry & OFFSET_MASK in metadata:
+            raise bad_entry(
+                node,
+                (index << node.l2_shift) + (position << node.cluster_bits),
+                f"points to metadata at {entry & OFFSET_MASK:#x}",
+            )
 
 
 async def reserve_standard(
@@ -236,4 +252,4 @@ async def undo(node: Qcow2Node, pieces: list[Piece]) -> None:
 async def drop_packed(node: Qcow2Node, host: HostOffset, length: int) -> None:
     for cluster in range(host >> node.cluster_bits, (host + length - 1 >> node.cluster_bits) + 1):
         if not await node.refcounts.add(cluster, -1):
-            node.forget_clusters(cluster, 1)
+            forget_clusters(node, cluster, 1)

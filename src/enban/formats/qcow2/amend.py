@@ -23,6 +23,7 @@ from ...wire.qcow2 import (
 from ...wire.qcow2_entries import ALL_ZERO, COMPRESSED, OFFSET_MASK, REFTABLE_MASK
 from ..common.tables import to_big_endian
 from .barrier import barrier
+from .leaving import release_quarantine
 from .refcounts import Refcounts, new_counts
 from .switch import read_l1
 from .upkeep import write_first_sector
@@ -189,7 +190,7 @@ async def set_refcount_bits(node: Qcow2Node, width: int, progress: Report) -> No
         await barrier(node)
     async with node.mutex:
         await node.prepare_change()
-        await node.release_quarantine()
+        await release_quarantine(node)
     await barrier(node)
     async with node.mutex:
         await _Widths(node, width, progress).run()

@@ -21,6 +21,7 @@ asked for the barrier; a later barrier writes all of it again.
 from __future__ import annotations
 
 from ..common.tables import SECTOR_ENTRIES, sector_runs, to_big_endian
+from .leaving import refcount_table_moved, release_quarantine
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class Changes:
             if self.settled:
                 # The header may name the new table already, so it counts as moved from now on; the
                 # next barrier makes sure of the header before it frees the old table.
-                node.unlinked.append(node.refcount_table_moved(self.moved))
+                node.unlinked.append(refcount_table_moved(node, self.moved))
                 node.header_doubtful = True
             elif node.refcounts.moved is None:
                 node.refcounts.moved = self.moved
@@ -158,9 +159,9 @@ async def barrier(node: Qcow2Node) -> None:
         async with node.mutex:
             changes.done(node)
             if changes.moved is not None:
-                node.quarantine.append(node.refcount_table_moved(changes.moved))
+                node.quarantine.append(refcount_table_moved(node, changes.moved))
             node.quarantine.extend(changes.unlinked)
-            await node.release_quarantine()
+            await release_quarantine(node)
         node.barriers_done = number
 
 

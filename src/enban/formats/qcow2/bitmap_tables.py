@@ -13,6 +13,7 @@ from ...wire.qcow2_bitmaps import ALL_ONES, AUTO, IN_USE, BitmapEntry, valid_tab
 from ...wire.qcow2_entries import OFFSET_MASK
 from ..common.tables import from_big_endian, to_big_endian
 from .barrier import barrier
+from .leaving import release_quarantine
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -210,5 +211,5 @@ class BitmapTables:
         node = self.node
         async with node.mutex:
             node.quarantine += [(first, count, 0) for first, count in freed]
-            await node.release_quarantine()
+            await release_quarantine(node)
         await barrier(node)

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from array import array
 
     from ...units import GuestOffset
-    from .node import Qcow2Node
+    from .places import Places
 
 MEANING = COMPRESSED | OFFSET_MASK | ALL_ZERO  # the bits that say where a cluster is
 
 
-def bad_entry(node: Qcow2Node, offset: GuestOffset, what: str) -> CorruptImageError:
+def bad_entry(node: Places, offset: GuestOffset, what: str) -> CorruptImageError:
     return CorruptImageError(
         f"L2 entry of guest offset {offset:#x} {what}", path=node.name, hint="run: enban check -r all"
     )
 
 
-def _packed(node: Qcow2Node, entry: int, offset: GuestOffset, length: int) -> Extent:
+def _packed(node: Places, entry: int, offset: GuestOffset, length: int) -> Extent:
     host, packed = unpack_compressed(entry, node.cluster_bits)
     inside = offset & node.cluster_mask
     return Extent(
@@ -44,7 +44,7 @@ def _packed(node: Qcow2Node, entry: int, offset: GuestOffset, length: int) -> Ex
     )
 
 
-def lookup_standard(node: Qcow2Node, entries: array[int], offset: GuestOffset, length: int) -> Extent:
+def lookup_standard(node: Places, entries: array[int], offset: GuestOffset, length: int) -> Extent:
     """The extent at `offset`; the range does not leave the table of `entries`."""
     bits = node.cluster_bits
     index = offset >> bits & node.l2_mask
@@ -95,7 +95,7 @@ def entry_pair(entries: array[int], index: int) -> tuple[int, int]:
             return entry, bitmap
 
 
-def subcluster_kind(node: Qcow2Node, entry: int, bitmap: int, sub: int, offset: GuestOffset) -> int:
+def subcluster_kind(node: Places, entry: int, bitmap: int, sub: int, offset: GuestOffset) -> int:
     """Kind of one subcluster of a cluster that is not compressed."""
     allocated, zero = bitmap >> sub & 1, bitmap >> 32 + sub & 1
     if allocated:
@@ -107,7 +107,7 @@ def subcluster_kind(node: Qcow2Node, entry: int, bitmap: int, sub: int, offset: 
     return ZERO if zero else UNALLOCATED
 
 
-def lookup_extended(node: Qcow2Node, entries: array[int], offset: GuestOffset, length: int) -> Extent:
+def lookup_extended(node: Places, entries: array[int], offset: GuestOffset, length: int) -> Extent:
     """As `lookup_standard`, for an image with extended L2 entries."""
     index = offset >> node.cluster_bits & node.l2_mask
     entry, bitmap = entry_pair(entries, index)

@@ -6,7 +6,6 @@ from array import array
 
 from ...errors import CorruptImageError, UnsupportedFeatureError
 from ...wire.qcow2 import CORRUPT, EXT_BACKING_FORMAT, EXT_DATA_FILE, Header, header_span, parse_header
-from ...wire.qcow2_snapshots import MAX_SNAPSHOT_TABLE_BYTES, SnapshotEntry, parse_snapshots
 from ..common.tables import from_big_endian
 from .node import Qcow2Node
 
@@ -14,6 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ...block.runtime import Runtime
     from ...block.storage import Storage
+    from ...wire.qcow2_snapshots import SnapshotEntry
 
 
 async def read_header(file: Storage, name: str) -> Header:
@@ -81,6 +81,8 @@ async def read_snapshots(file: Storage, header: Header, name: str) -> list[Snaps
     """The snapshot table. Raises CorruptImageError."""
     if not header.snapshot_count:
         return []
+    from ...wire.qcow2_snapshots import MAX_SNAPSHOT_TABLE_BYTES, parse_snapshots
+
     room = min(file.size() - header.snapshots_offset, MAX_SNAPSHOT_TABLE_BYTES)
     span = 64 << 10
     while True:

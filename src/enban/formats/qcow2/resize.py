@@ -15,6 +15,7 @@ from ...units import align_up
 from ..common.tables import to_big_endian
 from .allocation import Link
 from .create import largest_size
+from .leaving import release_quarantine
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ async def _shrink(node: Qcow2Node, old: int, size: int) -> None:
             node.dirty_bitmaps.resized(size)
     await node.flush()
     async with node.mutex:
-        await node.release_quarantine()
+        await release_quarantine(node)
     await node.flush()
 
 

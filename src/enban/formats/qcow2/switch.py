@@ -26,6 +26,7 @@ from ...wire.qcow2_snapshots import SnapshotEntry, build_snapshots
 from ..common.progressions import Consecutive, run_ahead
 from ..common.tables import from_big_endian, to_big_endian, toggle
 from .barrier import settle
+from .leaving import release_quarantine
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ async def switch(node: Qcow2Node, change: Change) -> None:
     try:
         # In memory only: a crash before the next barrier leaks what is free now.
         async with node.mutex:
-            await node.release_quarantine(least=_WORTH_GIVING_BACK)
+            await release_quarantine(node, least=_WORTH_GIVING_BACK)
     except EnbanError:
         pass  # it is done; what is left to tidy up stays due, and the next flush tells of the trouble
 

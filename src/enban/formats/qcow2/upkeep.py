@@ -24,6 +24,7 @@ from ...wire.qcow2 import (
 )
 from ...wire.qcow2_entries import OFFSET_MASK
 from .barrier import barrier
+from .leaving import release_quarantine
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ async def make_empty(node: Qcow2Node) -> None:
                 index += 1
         await barrier(node)
     async with node.mutex:
-        await node.release_quarantine()
+        await release_quarantine(node)
     await barrier(node)
 
 
