@@ -16,7 +16,7 @@ from enban.exports.nbd import ServedExport, Server, sockets
 from enban.exports.nbd.transmission import SPIN_US
 from enban.wire.nbd import ClientHandshake, ClientTransmission, Negotiator
 from enban.wire.nbd import constants as c
-from enban.wire.nbd.handshake_client import READY
+from enban.wire.nbd.negotiator import READY
 from enban.wire.nbd.replies import Data, Done, Hole, Status, Transaction
 
 KIB = 1 << 10

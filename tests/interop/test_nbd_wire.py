@@ -24,7 +24,8 @@ from enban.wire.nbd import (
     ServerTransmission,
 )
 from enban.wire.nbd import constants as c
-from enban.wire.nbd.handshake_client import READY, Acknowledged, ContextListed, ExportListed
+from enban.wire.nbd.handshake_client import Acknowledged, ContextListed, ExportListed
+from enban.wire.nbd.negotiator import READY
 from enban.wire.nbd.replies import Transaction
 from enban.wire.nbd.server import Disconnect
 from tests.wire.nbd_helpers import ALL_FLAGS, CONTEXTS, STYLES, Disk, Outcome, answer_question, collect

@@ -136,7 +136,7 @@ def failed_flush_called_a_success(patch: MonkeyPatch) -> None:
 
 @mutant("faults")
 def failed_flush_forgets_its_changes(patch: MonkeyPatch) -> None:
-    patch.setattr(barrier.Changes, "restore", barrier.Changes.done)
+    patch.setattr(barrier.Changes, "restore", lambda changes, node: changes.done())
 
 
 @mutant("crash", "4k-v2-chain", long=True)

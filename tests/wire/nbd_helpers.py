@@ -11,8 +11,8 @@ from enban.wire.nbd import (
     ServerTransmission,
 )
 from enban.wire.nbd import constants as c
-from enban.wire.nbd.handshake_client import NEED_BYTES, READY
 from enban.wire.nbd.handshake_server import ContextsRequested, ExportRequested, ListRequested
+from enban.wire.nbd.negotiator import NEED_BYTES, READY
 from enban.wire.nbd.replies import Data, Done, Failed, Hole, Status, Transaction
 from enban.wire.nbd.server import Disconnect, Request
 

@@ -27,8 +27,8 @@ from enban.wire.nbd import (
     TooLargeError,
 )
 from enban.wire.nbd import constants as c
-from enban.wire.nbd.handshake_client import READY
 from enban.wire.nbd.messages import COMPACT_REQUEST, EXTENDED_CHUNK, EXTENDED_REQUEST, STRUCTURED_CHUNK
+from enban.wire.nbd.negotiator import READY
 from enban.wire.nbd.options import (
     GREETING_LAYOUT,
     OPTION,

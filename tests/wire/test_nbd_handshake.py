@@ -18,9 +18,6 @@ from enban.wire.nbd import (
 )
 from enban.wire.nbd import constants as c
 from enban.wire.nbd.handshake_client import (
-    NEED_BYTES,
-    READY,
-    START_TLS,
     Acknowledged,
     ContextListed,
     Declined,
@@ -36,6 +33,7 @@ from enban.wire.nbd.handshake_server import (
     OptionRefused,
     TlsGranted,
 )
+from enban.wire.nbd.negotiator import NEED_BYTES, READY, START_TLS
 from enban.wire.nbd.options import (
     GREETING_LAYOUT,
     pack_context,

@@ -23,8 +23,7 @@ def run(arguments: Arguments) -> int:
         raise UsageError("which image is to be amended?", hint="see: enban amend --help")
     if not arguments.on("-o"):
         raise UsageError("which option? give -o NAME=VALUE", hint="list them with -o help")
-    progress = common.progress(arguments, "amend")
-    try:
+    with common.progress(arguments, "amend") as progress:
         amend(
             common.reference(arguments, arguments.operands[0]),
             common.key_values(arguments.all("-o")),
@@ -33,10 +32,6 @@ def run(arguments: Arguments) -> int:
             gate=common.gate(arguments),
             progress=progress.update,
         )
-    except BaseException:
-        progress.abort()
-        raise
-    progress.finish()
     return 0
 
 

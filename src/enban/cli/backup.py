@@ -26,8 +26,7 @@ def run(arguments: Arguments) -> int:
     if arguments.on("--base") and not arguments.text("--base"):
         raise UsageError("the name of the base is empty")
     source, target = arguments.operands
-    progress = common.progress(arguments, "backup")
-    try:
+    with common.progress(arguments, "backup") as progress:
         result = backup(
             common.reference(arguments, source),
             target,
@@ -41,10 +40,6 @@ def run(arguments: Arguments) -> int:
             verify=arguments.on("--verify"),
             progress=progress.update,
         )
-    except BaseException:
-        progress.abort()
-        raise
-    progress.finish()
     if not arguments.on("-q"):
         kind = "full" if result.full else "incremental"
         print(f"{kind} backup: {human_size(result.copied)} of {human_size(result.size)} copied")

@@ -130,13 +130,8 @@ def _read(arguments: Arguments, names: list[str]) -> int:
         raise NoMediumError(f"no medium in the drive ({STATE_WORDS[drive.state()]})", path=drive.path)
     if disc.kind == "audio":
         raise EnbanError("the disc holds audio tracks, no data to read", path=drive.path)
-    progress = common.progress(arguments, "read")
-    try:
+    with common.progress(arguments, "read") as progress:
         result = convert(drive.path, target, source_format="raw", progress=progress.update)
-    except BaseException:
-        progress.abort()
-        raise
-    progress.finish()
     if not arguments.on("-q"):
         print(f"{drive.path}: {result.size} bytes read{_doubt(disc)}")
     return 0

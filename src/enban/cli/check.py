@@ -23,26 +23,21 @@ EXIT_NO_CHECK = 63
 
 
 def run(arguments: Arguments) -> int:
-    progress = common.progress(arguments, "check", unit="")
     repair = arguments.text("-r") or None
     try:
-        result = check(
-            common.reference(arguments, arguments.operands[0]),
-            repair,
-            arguments.text("-f"),
-            progress.update,
-            force_share=arguments.on("-U"),
-            cache=arguments.text("-T", "writeback"),
-            gate=common.gate(arguments),
-        )
+        with common.progress(arguments, "check", unit="") as progress:
+            result = check(
+                common.reference(arguments, arguments.operands[0]),
+                repair,
+                arguments.text("-f"),
+                progress.update,
+                force_share=arguments.on("-U"),
+                cache=arguments.text("-T", "writeback"),
+                gate=common.gate(arguments),
+            )
     except UnsupportedOperationError as error:
-        progress.abort()
         common.complain(str(error))
         return EXIT_NO_CHECK
-    except BaseException:
-        progress.abort()
-        raise
-    progress.finish()
     if arguments.text("--output") == "json":
         common.print_json(result.as_dict())
     elif not arguments.on("-q"):

@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 
 
 def run(arguments: Arguments) -> int:
-    progress = common.progress(arguments, "commit")
-    try:
+    with common.progress(arguments, "commit") as progress:
         commit(
             common.reference(arguments, arguments.operands[0]),
             arguments.text("-b"),
@@ -24,10 +23,6 @@ def run(arguments: Arguments) -> int:
             passphrase=common.ask_passphrase(),
             progress=progress.update,
         )
-    except BaseException:
-        progress.abort()
-        raise
-    progress.finish()
     if not arguments.on("-q"):
         print("Image committed.")
     return 0

@@ -22,24 +22,18 @@ def run(arguments: Arguments) -> int:
     quiet = arguments.on("-q")
     cache = arguments.text("-T", "writeback")
     first, second = arguments.operands
-    progress = common.progress(arguments, "compare")
     with (
         common.open_disk(arguments, first, format=arguments.text("-f"), cache=cache) as one,
         common.open_disk(arguments, second, format=arguments.text("-F"), cache=cache) as other,
     ):
         try:
-            result = compare(one, other, strict=arguments.on("-s"), progress=progress.update)
+            with common.progress(arguments, "compare") as progress:
+                result = compare(one, other, strict=arguments.on("-s"), progress=progress.update)
+                if not result.equal:
+                    progress.abort()  # it did not go through all of both
         except EnbanError as error:
-            progress.abort()
             common.complain(str(error))
             return EXIT_READ
-        except BaseException:
-            progress.abort()
-            raise
-    if result.equal:
-        progress.finish()
-    else:
-        progress.abort()
     if not quiet:
         if result.reason == SIZE:
             print("Strict mode: Image size mismatch!")

@@ -29,8 +29,7 @@ def run(arguments: Arguments) -> int:
         raise UsageError("convert needs a source and a target", hint="see: enban convert --help")
     *sources, target = arguments.operands
     options = common.creation_options(arguments)
-    progress = common.progress(arguments, "convert")
-    try:
+    with common.progress(arguments, "convert") as progress:
         result = convert(
             ["-" if name == "-" else common.reference(arguments, name) for name in sources],
             _target(arguments, target),
@@ -57,10 +56,6 @@ def run(arguments: Arguments) -> int:
             passphrase=common.ask_passphrase(new="" if arguments.on("-n") else target),
             progress=progress.update,
         )
-    except BaseException:
-        progress.abort()
-        raise
-    progress.finish()
     if not arguments.on("-q"):
         # Standard output may be the image itself.
         stream = sys.stderr if target == "-" else sys.stdout

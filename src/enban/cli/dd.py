@@ -22,23 +22,20 @@ def run(arguments: Arguments) -> int:
         words[name] = value
     if "if" not in words or "of" not in words:
         raise UsageError("dd needs if=FILE and of=FILE")
-    progress = common.progress(arguments, "dd")
-    try:
-        with common.open_disk(arguments, words["if"], format=arguments.text("-f")) as source:
-            result = dd(
-                source,
-                words["of"],
-                arguments.text("-O", "raw"),
-                block_size=parse_size(words["bs"]) if "bs" in words else SECTOR,
-                count=parse_size(words["count"]) if "count" in words else None,
-                skip=parse_size(words.get("skip", "0")),
-                gate=common.gate(arguments),
-                progress=progress.update,
-            )
-    except BaseException:
-        progress.abort()
-        raise
-    progress.finish()
+    with (
+        common.progress(arguments, "dd") as progress,
+        common.open_disk(arguments, words["if"], format=arguments.text("-f")) as source,
+    ):
+        result = dd(
+            source,
+            words["of"],
+            arguments.text("-O", "raw"),
+            block_size=parse_size(words["bs"]) if "bs" in words else SECTOR,
+            count=parse_size(words["count"]) if "count" in words else None,
+            skip=parse_size(words.get("skip", "0")),
+            gate=common.gate(arguments),
+            progress=progress.update,
+        )
     if result.beyond:
         common.complain(f"{words['if']}: skip= reaches past the end; the new image is empty")
     return 0

@@ -17,8 +17,7 @@ def run(arguments: Arguments) -> int:
         raise UsageError(
             "which backing file? give -b FILE, or -b '' for none", hint="see: enban rebase --help"
         )
-    progress = common.progress(arguments, "rebase")
-    try:
+    with common.progress(arguments, "rebase") as progress:
         rebase(
             common.reference(arguments, arguments.operands[0]),
             arguments.text("-b"),
@@ -30,10 +29,6 @@ def run(arguments: Arguments) -> int:
             passphrase=common.ask_passphrase(),
             progress=progress.update,
         )
-    except BaseException:
-        progress.abort()
-        raise
-    progress.finish()
     return 0
 
 

@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 
 
 def run(arguments: Arguments) -> int:
-    progress = common.progress(arguments, "stream")
-    try:
+    with common.progress(arguments, "stream") as progress:
         stream(
             common.reference(arguments, arguments.operands[0]),
             arguments.text("-b"),
@@ -23,10 +22,6 @@ def run(arguments: Arguments) -> int:
             passphrase=common.ask_passphrase(),
             progress=progress.update,
         )
-    except BaseException:
-        progress.abort()
-        raise
-    progress.finish()
     return 0
 
 

@@ -29,7 +29,7 @@ _RATE_WINDOW_S = 5.0
 
 
 class Progress:
-    """Shows the progress of one job.
+    """Shows the progress of one job, and how it ended: `with progress: ...`.
 
     label: what the job does, one word. stream: where to draw, standard error by default.
     mode: AUTO draws on a terminal and nowhere else, PLAIN prints lines where there is no
@@ -78,6 +78,15 @@ class Progress:
             self._draw(now, done, total)
         finally:
             self._guard.release()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if error is None:
+            self.finish()
+        else:
+            self.abort()
 
     def finish(self) -> None:
         """The job is done: show all of it and end the line."""

@@ -2,7 +2,8 @@
 
 An L2 table is an array of the entries as numbers (two numbers an entry in an image with
 extended L2 entries). Tables are loaded on demand and kept up to a limit; a table that is
-changed, being written by a barrier or named by a reservation stays.
+changed, being written by a barrier or named by a reservation stays. `TakenTables` is what a
+barrier makes of the changed ones.
 """
 
 from __future__ import annotations
@@ -126,3 +127,45 @@ class TableCache:
         table = self.tables[index]
         table.dirty.update(range(first // SECTOR_ENTRIES, (first + count - 1) // SECTOR_ENTRIES + 1))
         self.dirty.add(index)
+
+
+class TakenTables:
+    """The changes of all tables of a cache at one moment, taken by a barrier that writes them.
+
+    whole: (offset, bytes) of tables that nobody on disk points to yet, so they may be written at any time.
+    parts: of the others, the sectors that changed.
+    """
+
+    def __init__(self, cache: TableCache) -> None:
+        self._cache = cache
+        self.whole: list[tuple[HostOffset, bytes]] = []
+        self.parts: list[tuple[HostOffset, bytes]] = []
+        self._tables: list[tuple[int, L2Table, set[int], bool]] = []
+        for index in sorted(cache.dirty):
+            table = cache.tables[index]
+            if table.fresh:
+                self.whole.append((table.offset, to_big_endian(table.entries)))
+            else:
+                self.parts.extend(
+                    (table.offset + start, to_big_endian(table.entries, start // 8, end // 8))
+                    for start, end in sector_runs(table.dirty)
+                )
+            self._tables.append((index, table, table.dirty, table.fresh))
+            table.busy += 1
+            table.dirty = set()
+            table.fresh = False
+        cache.dirty.clear()
+
+    def release(self) -> None:
+        """The barrier is over."""
+        for _, table, _, _ in self._tables:
+            table.busy -= 1
+
+    def restore(self, *, settled: bool) -> None:
+        """Put back among the changes what may not have reached the disk. settled: whole tables are durable
+        there and may be pointed to already, so from now on they are changed like any other."""
+        for index, table, dirty, fresh in self._tables:
+            if not (fresh and settled):
+                table.dirty |= dirty
+                table.fresh |= fresh
+                self._cache.dirty.add(index)

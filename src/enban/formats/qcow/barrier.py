@@ -16,11 +16,10 @@ asked for the barrier; a later barrier writes all of it again.
 
 from __future__ import annotations
 
-from ..common.tables import SECTOR_ENTRIES, sector_runs, to_big_endian
+from ..common.tables import SECTOR_ENTRIES, TakenTables, sector_runs, to_big_endian
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..common.tables import L2Table
     from .node import QcowNode
 
 
@@ -28,43 +27,17 @@ class Changes:
     """What one barrier writes: (offset, bytes) by step, and what to restore if it fails."""
 
     def __init__(self, node: QcowNode) -> None:
-        self.first: list[tuple[int, bytes]] = []
-        self.second: list[tuple[int, bytes]] = []
-        self.tables: list[tuple[int, L2Table, set[int], bool]] = []
+        self.tables = TakenTables(node.cache)
+        self.first, self.second = self.tables.whole, self.tables.parts
         self.l1, node.l1_dirty = node.l1_dirty, set()
         self.settled = False  # step 1 is durable
-        cache = node.cache
-        for index in sorted(cache.dirty):
-            table = cache.tables[index]
-            if table.fresh:
-                self.first.append((table.offset, to_big_endian(table.entries)))
-            else:
-                self.second.extend(
-                    (table.offset + start, to_big_endian(table.entries, start // 8, end // 8))
-                    for start, end in sector_runs(table.dirty)
-                )
-            self.tables.append((index, table, table.dirty, table.fresh))
-            table.busy += 1
-            table.dirty = set()
-            table.fresh = False
-        cache.dirty.clear()
         for start, end in sector_runs({index // SECTOR_ENTRIES for index in self.l1}):
             self.second.append((node.header.l1_offset + start, to_big_endian(node.l1, start // 8, end // 8)))
 
-    def done(self) -> None:
-        for _, table, _, _ in self.tables:
-            table.busy -= 1
-
     def restore(self, node: QcowNode) -> None:
-        """Put back among the changes what may not have reached the disk. Once step 1 is durable,
-        fresh tables are complete on disk and may be pointed to already, so from then on they are
-        changed in step 2 like any other."""
-        self.done()
-        for index, table, dirty, fresh in self.tables:
-            if not (fresh and self.settled):
-                table.dirty |= dirty
-                table.fresh |= fresh
-                node.cache.dirty.add(index)
+        """Put back among the changes what may not have reached the disk."""
+        self.tables.release()
+        self.tables.restore(settled=self.settled)
         node.l1_dirty |= self.l1
 
 
@@ -88,7 +61,7 @@ async def barrier(node: QcowNode) -> None:
                 changes.restore(node)
             raise
         async with node.mutex:
-            changes.done()
+            changes.tables.release()
         node.barriers_done = number
 
 

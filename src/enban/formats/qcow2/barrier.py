@@ -20,13 +20,12 @@ asked for the barrier; a later barrier writes all of it again.
 
 from __future__ import annotations
 
-from ..common.tables import SECTOR_ENTRIES, sector_runs, to_big_endian
+from ..common.tables import SECTOR_ENTRIES, TakenTables, sector_runs, to_big_endian
 from .leaving import refcount_table_moved, release_quarantine
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ...block.storage import Storage
-    from ..common.tables import L2Table
     from .node import Qcow2Node
     from .refcounts import Block
 
@@ -39,7 +38,6 @@ class Changes:
         self.second: list[tuple[int, bytes]] = []
         self.third: list[tuple[int, bytes]] = []
         self.blocks: list[tuple[Block, set[int], bool]] = []
-        self.tables: list[tuple[int, L2Table, set[int], bool]] = []
         self.l1 = set(node.l1_dirty)
         self.table_entries = set(node.refcounts.table_dirty)
         self.moved, node.refcounts.moved = node.refcounts.moved, None
@@ -49,7 +47,12 @@ class Changes:
         if self.header:
             self.second.append((24, node.header.state()))
         self._take_refcounts(node)
-        self._take_mapping(node)
+        self.tables = TakenTables(node.cache)
+        self.first += self.tables.whole
+        self.third += self.tables.parts
+        for start, end in sector_runs({index // SECTOR_ENTRIES for index in self.l1}):
+            self.third.append((node.header.l1_offset + start, to_big_endian(node.l1, start // 8, end // 8)))
+        node.l1_dirty.clear()
         node.unlinked = []
 
     def _take_refcounts(self, node: Qcow2Node) -> None:
@@ -79,31 +82,10 @@ class Changes:
                 self.second.append((base + start, to_big_endian(refcounts.table, start // 8, end // 8)))
         refcounts.table_dirty.clear()
 
-    def _take_mapping(self, node: Qcow2Node) -> None:
-        cache = node.cache
-        for index in sorted(cache.dirty):
-            table = cache.tables[index]
-            if table.fresh:
-                self.first.append((table.offset, to_big_endian(table.entries)))
-            else:
-                self.third.extend(
-                    (table.offset + start, to_big_endian(table.entries, start // 8, end // 8))
-                    for start, end in sector_runs(table.dirty)
-                )
-            self.tables.append((index, table, table.dirty, table.fresh))
-            table.busy += 1
-            table.dirty = set()
-            table.fresh = False
-        cache.dirty.clear()
-        for start, end in sector_runs({index // SECTOR_ENTRIES for index in self.l1}):
-            self.third.append((node.header.l1_offset + start, to_big_endian(node.l1, start // 8, end // 8)))
-        node.l1_dirty.clear()
-
-    def done(self, node: Qcow2Node) -> None:
+    def done(self) -> None:
         for block, _, _ in self.blocks:
             block.busy -= 1
-        for _, table, _, _ in self.tables:
-            table.busy -= 1
+        self.tables.release()
 
     def restore(self, node: Qcow2Node) -> None:
         """Put back among the changes what may not have reached the disk.
@@ -111,16 +93,12 @@ class Changes:
         Once step 1 is durable, fresh tables and blocks are complete on disk and may be pointed
         to already, so from then on they are changed in step 3 like any other.
         """
-        self.done(node)
+        self.done()
         for block, dirty, fresh in self.blocks:
             if not self.settled:
                 block.dirty |= dirty
                 block.fresh |= fresh
-        for index, table, dirty, fresh in self.tables:
-            if not (fresh and self.settled):
-                table.dirty |= dirty
-                table.fresh |= fresh
-                node.cache.dirty.add(index)
+        self.tables.restore(settled=self.settled)
         node.l1_dirty |= self.l1
         node.refcounts.table_dirty |= self.table_entries
         node.unlinked = self.unlinked + node.unlinked
@@ -157,7 +135,7 @@ async def barrier(node: Qcow2Node) -> None:
                 changes.restore(node)
             raise
         async with node.mutex:
-            changes.done(node)
+            changes.done()
             if changes.moved is not None:
                 node.quarantine.append(refcount_table_moved(node, changes.moved))
             node.quarantine.extend(changes.unlinked)

@@ -20,7 +20,7 @@ import socket
 from ...errors import EnbanError, PeerError, from_oserror
 from ...wire.nbd import ClientHandshake, ClientTransmission, Negotiator
 from ...wire.nbd.constants import BASE_ALLOCATION, TLS_OFF, TLS_REQUIRED
-from ...wire.nbd.handshake_client import READY, START_TLS
+from ...wire.nbd.negotiator import READY, START_TLS
 from ...wire.nbd.replies import Data, Done, Hole, Status
 
 TYPE_CHECKING = False

@@ -7,6 +7,7 @@
     options             bodies of the handshake's options and replies
     handshake, handshake_server, handshake_client
                         the handshake's two state machines, each with its table on top
+    negotiator          a client's usual way through the handshake
     server, client      the transmission phase's two state machines
     replies             a client's requests on their way, and the events that answer them
 
@@ -22,9 +23,10 @@ from __future__ import annotations
 
 from .client import ClientTransmission
 from .errors import OutOfTurnError, ProtocolError, RefusedError, TooLargeError, WrongMagicError
-from .handshake_client import ClientHandshake, Negotiator
+from .handshake_client import ClientHandshake
 from .handshake_server import ServerHandshake
 from .messages import CODECS, Codec
+from .negotiator import Negotiator
 from .server import ServerTransmission
 from .session import Export, Session
 
