@@ -1,5 +1,5 @@
 # Everything starts here. Each target makes what it needs by itself, on a fresh Debian machine too.
-.PHONY: help demo test test-long bench lint clean
+.PHONY: help demo test test-long soak bench lint clean
 .DEFAULT_GOAL := help
 
 PYTHON_BIN := .venv/bin/python
@@ -9,6 +9,7 @@ help:
 	@echo 'make demo       a real disk image there and back again (raw, qcow2, zlib, zstd), in under 90 s'
 	@echo 'make test       lint, then the test suite          (TEST_JOBS=2)'
 	@echo 'make test-long  the whole suite with its long runs'
+	@echo 'make soak       a day of broken images, then a day of everything else (SOAK=24h)'
 	@echo 'make bench      enban and its peers side by side   (BENCH_PAIRS=7, BENCH_ARGS="--only convert")'
 	@echo 'make lint       ruff, mypy --strict, the direction of imports'
 	@echo 'make clean      remove everything made by the above'
@@ -25,6 +26,13 @@ test: lint
 test-long: lint
 	@scripts/peers
 	@$(PYTHON_BIN) -m pytest -n $(TEST_JOBS) -m 'long or not long'
+
+SOAK ?= 24h
+
+soak:
+	@scripts/setup dev
+	@.venv/bin/enban torture fuzz --time $(SOAK) --corpus fuzz/corpus
+	@.venv/bin/enban torture --time $(SOAK)
 
 bench:
 	@scripts/setup dev
