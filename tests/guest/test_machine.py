@@ -340,6 +340,7 @@ def test_a_missing_or_old_qemu_is_named_with_its_package(tmp_path: Path) -> None
         ({"memory": 5}, "no memory"),
         ({"cpus": 0}, "processors"),
         ({"append": "x"}, "needs a kernel"),
+        ({"layout": "klingon"}, "no keyboard layout 'klingon'"),
         ({"bus": "floppy"}, "no bus"),
         ({"disks": ["x"] * 4, "bus": "ide"}, "3 disks fit"),
     ],

@@ -45,8 +45,6 @@ def command_line(
         words += ["-display", "none", "-vnc", f"unix:{_path(vnc)}"]
     else:
         words += ["-display", settings.display]
-    if settings.layout and settings.display == "gtk":
-        words += ["-k", settings.layout]
     words += _serial(serial, console)
     words += _disks(disks, settings)
     if settings.kernel:

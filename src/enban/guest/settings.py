@@ -8,6 +8,7 @@ from typing import Any
 
 from ..block.gate import SIBLINGS, Gate
 from ..errors import UsageError
+from .keyboard.layouts import layout as find_layout
 
 BUSES = ("virtio", "ide", "sata")
 ACCELERATORS = ("auto", "kvm", "tcg")
@@ -102,4 +103,6 @@ class Settings:
             raise UsageError(f"a guest cannot have {self.cpus} processors", hint="give 1 to 255")
         if (self.initrd or self.append) and not self.kernel:
             raise UsageError("an initrd or a kernel command line needs a kernel", hint="give --kernel")
+        if self.layout:
+            find_layout(self.layout)
         self.disk_list()
