@@ -22,7 +22,6 @@ from .oracle import CORRUPT, ENGINE, FOREIGN, Oracle, Violation
 from .workload import Operation, fits, operations, run_until_error, see
 
 SIZE = 4 << 20
-BALLAST = 3 << 20
 ROUNDS = 3
 
 
