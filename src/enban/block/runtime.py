@@ -14,12 +14,14 @@ A Runtime is chosen when a disk is opened and never changes.
 from __future__ import annotations
 
 import _thread
+import sys
 
 from ..errors import InternalError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+    from types import FrameType
     from typing import Any, Protocol, TypeVar, TypeVarTuple
 
     T = TypeVar("T")
@@ -49,6 +51,19 @@ if TYPE_CHECKING:
             ...
 
 
+# The functions in which a signal may raise an exception in a blocking call: they wait for the host and hold
+# nothing that would have to be given back. Of code objects, as frames have them.
+INTERRUPTIBLE: set[object] = set()
+# Raises, in the main thread, what a signal asked for while that thread was elsewhere in the engine.
+deferred: Callable[[], None] | None = None
+
+
+def interruptible(function: T) -> T:
+    """Decorator: name a function that may be interrupted. It stays as it is."""
+    INTERRUPTIBLE.add(getattr(function, "__code__", None))
+    return function
+
+
 class BlockingWaiter:
     __slots__ = ("_lock",)
 
@@ -59,6 +74,7 @@ class BlockingWaiter:
     def set(self) -> None:
         self._lock.release()
 
+    @interruptible
     async def wait(self) -> None:
         self._lock.acquire()
 
@@ -86,7 +102,18 @@ def drive(work: Coroutine[Any, Any, T]) -> T:
     try:
         work.send(None)
     except StopIteration as stop:
+        if deferred is not None and not inside(sys._getframe(1)):
+            deferred()
         value: T = stop.value
         return value
     work.close()
     raise InternalError("a blocking operation suspended", hint="please report this")
+
+
+def inside(frame: FrameType | None) -> bool:
+    """Whether a frame is one of the engine, or was called from one."""
+    while frame is not None:
+        if frame.f_code is drive.__code__:
+            return True
+        frame = frame.f_back
+    return False

@@ -15,9 +15,6 @@ from enban.cli.options import Verb, help_text, parse, table
 from enban.errors import EnbanError, UsageError
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
-
 VERBS = {
     "create": "Make a new, empty image",
     "info": "Show what an image is: format, sizes, backing file, snapshots",
@@ -68,10 +65,6 @@ _ERROR = {"compare": 2}  # where 1 means something else than "failed"
 EXIT_BUG, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 70, 130, 141, 143
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP arrived; the clean-up is that of Ctrl-C."""
-
-
 def load(name: str) -> Verb:
     """The verb of a name, importing nothing of the others. Raises UsageError."""
     if name not in VERBS:
@@ -112,12 +105,10 @@ def main(argv: list[str] | None = None) -> int:
             return _output_closed()
         complain(str(error))
         return _ERROR.get(name, 1)
-    except Terminated:
-        complain("terminated")
-        return EXIT_TERMINATED
-    except KeyboardInterrupt:
-        complain("interrupted")
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        terminated = type(interrupt) is not KeyboardInterrupt  # signals.Terminated
+        complain("terminated" if terminated else "interrupted")
+        return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
     except OSError as error:
         complain(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
         return _ERROR.get(name, 1)
@@ -154,31 +145,10 @@ def _run(words: list[str]) -> int:
         return 0
     arguments = parse(verb, words)
     if verb.name in _MAKERS:
-        _catch_signals()
+        from enban.cli import signals
+
+        signals.catch()
     return verb.run(arguments)
-
-
-def _catch_signals() -> None:
-    """Let SIGTERM and SIGHUP run the clean-up that Ctrl-C runs."""
-    signal: Any
-    try:
-        # What `signal` is made of. That one makes an enumeration of the numbers, and importing what it
-        # needs for this takes longer than many a command.
-        signal = __import__("_signal")
-    except ImportError:
-        signal = __import__("signal")
-
-    def terminated(number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_IGN)  # once is enough: the clean-up must not be disturbed
-        raise Terminated
-
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
-            try:
-                signal.signal(number, terminated)
-            except ValueError:
-                return  # not the main thread: signals are not our business
 
 
 def _overview() -> str:

@@ -13,6 +13,8 @@ import os
 import stat
 import sys
 
+from ..block.runtime import interruptible
+
 try:
     import fcntl
 except ImportError:  # not a POSIX host
@@ -116,6 +118,7 @@ def allocated(fd: int) -> int:
     return status.st_blocks * 512 if hasattr(status, "st_blocks") else status.st_size
 
 
+@interruptible
 def read_into(fd: int, view: memoryview, offset: int) -> int:
     """Fill `view` from `offset`; how many bytes there were (fewer only at the end of the file)."""
     done = 0
@@ -152,6 +155,7 @@ def will_need(fd: int, offset: int, length: int) -> None:
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
 
 
+@interruptible
 def write_all(fd: int, view: memoryview, offset: int) -> None:
     done = 0
     while done < len(view):

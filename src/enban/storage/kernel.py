@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 
+from ..block.runtime import interruptible
 from . import host
 
 try:
@@ -101,6 +102,7 @@ class Kernel:
         """What the kernel takes for the device's size in bytes. Of a drive only true when it has a disc."""
         return os.lseek(fd, 0, os.SEEK_END)
 
+    @interruptible
     def read_into(self, fd: int, view: memoryview, offset: int) -> int:
         return host.read_into(fd, view, offset)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import _thread
 import socket
 
+from ...block.runtime import interruptible
 from ...errors import EnbanError, PeerError, from_oserror
 from ...wire.nbd import ClientHandshake, ClientTransmission, Negotiator
 from ...wire.nbd.constants import BASE_ALLOCATION, TLS_OFF, TLS_REQUIRED
@@ -124,6 +125,10 @@ class Link:
                 self._receive()
         except (OSError, PeerError) as error:
             raise self.fail(error) from error
+        except KeyboardInterrupt:
+            # Bytes of a reply may have been taken from the socket and are lost.
+            self.fail(ConnectionAbortedError(103, "interrupted"))
+            raise
         finally:
             with self._guard:
                 if self._waiting and self.lost is None:
@@ -142,6 +147,7 @@ class Link:
         if self.lost is not None:
             raise self.lost
 
+    @interruptible
     def _receive(self) -> None:
         machine = self._machine
         wanted = machine.wanted()
