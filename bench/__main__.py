@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -54,6 +55,14 @@ def find_ours(named: str) -> list[str]:
             f"bench: {own} is not there: run scripts/setup dev (make bench does), or name one with --ours"
         )
     return [str(own)]
+
+
+def compile_modules(ours: list[str]) -> None:
+    """What an installed package has. An environment may forbid Python to write compiled modules as it goes
+    (PYTHONDONTWRITEBYTECODE), and each start of ours would then compile every module again."""
+    python = Path(ours[0]).parent / "python"
+    code = "import compileall, enban; compileall.compile_dir(enban.__path__[0], quiet=2)"
+    subprocess.run([python if python.exists() else sys.executable, "-c", code], check=False)
 
 
 def exit_code(rows: list[Row], *, strict: bool) -> int:
@@ -134,6 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
         "machine": facts,
     }
     print(f"{report.headline(facts)}; {options.pairs} pairs; ours: {shlex.join(ours)}", flush=True)
+    compile_modules(ours)
     bench = Bench(folder, ours, options.pairs, report.tell)
     try:
         if options.growth:

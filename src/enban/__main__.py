@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
+from enban.cli import program
 
-from enban.cli import main
-
-sys.exit(main())
+program()

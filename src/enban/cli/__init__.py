@@ -7,6 +7,7 @@ more: see `check` and `compare`   141   the reader of our output went away
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 
@@ -84,6 +85,28 @@ def verb_of(words: list[str]) -> tuple[str, list[str]]:
     """The name at the start of a command line, of one word or two, and the words after it."""
     name = " ".join(words[:2])
     return (name, words[2:]) if name in VERBS and len(words) > 1 else (words[0], words[1:])
+
+
+def program() -> None:
+    """Run the command of this process and end it. Where Python has nothing to do at its end but to take its
+    modules apart, that is left to the kernel: it takes as long as a short command."""
+    code = main()
+    threading = sys.modules.get("threading")
+    if (
+        atexit._ncallbacks()
+        or not {"concurrent.futures.thread", "multiprocessing"}.isdisjoint(sys.modules)
+        or (threading is not None and threading.active_count() > 1)
+        or sys.gettrace() is not None
+        or sys.getprofile() is not None
+    ):
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            sys.exit(code)  # says what it has to say about that
+    os._exit(code)
 
 
 def main(argv: list[str] | None = None) -> int:

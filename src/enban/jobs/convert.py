@@ -8,7 +8,6 @@ nothing, or with `resume` a partial file and a journal from which the same call 
 from __future__ import annotations
 
 import os
-from functools import partial
 
 from ..block.disk import Disk
 from ..block.gate import TRUSTED
@@ -22,7 +21,7 @@ from .sources import ZEROES, Sources
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Coroutine, Sequence
     from typing import Any
 
     from ..block.bitmaps import Bitmaps, Bits
@@ -199,8 +198,11 @@ def _check_bitmaps(disks: list[Disk], format: str, *, skip_broken: bool) -> list
     return names
 
 
-async def _merge(found: Bitmaps, name: str, bits: Bits) -> None:
-    await found.merge(name, bits)
+def _merge(name: str, bits: Bits) -> Callable[[Bitmaps], Coroutine[Any, Any, None]]:
+    async def merge(found: Bitmaps) -> None:
+        await found.merge(name, bits)
+
+    return merge
 
 
 class _Run:
@@ -341,7 +343,7 @@ class _Run:
             disk.add_bitmap(name, granularity=info.granularity, enabled=False)
             bits = drive(drive(source.door.bitmaps()).bits(name)).copy()
             bits.resize(disk.size)
-            drive(disk.door.change_bitmaps(partial(_merge, name=name, bits=bits)))
+            drive(disk.door.change_bitmaps(_merge(name, bits)))
             if info.enabled:
                 disk.enable_bitmap(name)
 

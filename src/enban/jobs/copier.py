@@ -10,8 +10,6 @@ Memory: a few buffers of one piece a thread, whatever the size of the images.
 
 from __future__ import annotations
 
-import threading
-
 from ..block.codec import deflater
 from ..block.disk import Disk
 from ..block.mover import fill_zeroes
@@ -21,6 +19,7 @@ from ..units import align_down, align_up
 from .in_order import InOrder, Stopped
 from .packing import ZEROS, Packer, runs
 from .sources import READ, SKIP
+from .threads import Condition, Worker
 from .zeroes import find_data
 
 TYPE_CHECKING = False
@@ -109,8 +108,7 @@ class Copier:
         if compress:
             deflate = deflater(target.node.codec)
             self._packer = Packer(sources, deflate, self.cluster, reads_zero=self.reads_zero)
-        self._guard = threading.Lock()
-        self._turn = threading.Condition(self._guard)
+        self._guard = Condition()  # over what follows, and for turns
         self._position = start
         self._number = 0
         self._next_turn = 0
@@ -161,14 +159,14 @@ class Copier:
         with self._guard:
             if self.stopped is None:
                 self.stopped = error
-            self._turn.notify_all()
+            self._guard.notify_all()
         self._packed.stop()
 
     def _wait_turn(self, piece: _Piece) -> None:
         """Wait until every earlier piece has its space. Raises Stopped if the job is over."""
         with self._guard:
             while self._next_turn != piece.number and self.stopped is None and not self.out_of_order:
-                self._turn.wait()
+                self._guard.wait()
             if self.stopped is not None:
                 raise Stopped
 
@@ -177,7 +175,7 @@ class Copier:
             return
         with self._guard:
             self._next_turn = max(self._next_turn, piece.number + 1)
-            self._turn.notify_all()
+            self._guard.notify_all()
 
     # -- one piece -------------------------------------------------------------------------
 
@@ -367,19 +365,18 @@ def _joined(writes: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def run_workers(copier: Copier, workers: int, checkpoint: Callable[[], None] | None = None) -> None:
     """Copy everything with `workers` threads; raises what stopped them."""
-    threads = [threading.Thread(target=copier.work, daemon=True) for _ in range(workers)]
+    threads: list[Worker] = []
     try:
-        for thread in threads:
-            thread.start()
-        while any(thread.is_alive() for thread in threads):
-            for thread in threads:
-                thread.join(0.2)  # short, so that Ctrl-C is noticed
+        for _ in range(workers):
+            threads.append(Worker(copier.work))
+        running = threads
+        while running:
+            running = [thread for thread in running if not thread.join(0.2)]  # so that Ctrl-C is noticed
             if checkpoint is not None and copier.stopped is None:
                 checkpoint()
     except BaseException as error:
         copier.stop(error)
         for thread in threads:
-            if thread.is_alive():
-                thread.join()
+            thread.join()
     if copier.stopped is not None:
         raise copier.stopped

@@ -6,7 +6,7 @@ idle for much of the time. So a result is left here and its thread goes on, unti
 
 from __future__ import annotations
 
-import threading
+from .threads import Condition
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class InOrder:
     def __init__(self, take: Callable[[Any], None], most: int) -> None:
         self._take = take
         self._most = most
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._waiting: dict[int, Any] = {}
         self._next = 0
         self._taking = False
