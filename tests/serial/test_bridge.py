@@ -119,6 +119,7 @@ def test_the_guest_may_be_started_again(kind: str, tmp_path: Path, client: Calla
     first = client(names.client) if kind == "tty" else None
     with bridge(names.bridge, f"unix:{tmp_path / 'debugger'},listen") as running:
         debugger.connect()
+        running.expect("is the active debugger")
         for turn in range(3):
             guest = (first if turn == 0 and first else client(names.client)).connect()
             running.expect_guest(turn + 1)
