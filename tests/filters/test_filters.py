@@ -56,6 +56,7 @@ def test_everything_is_passed_on_but_the_short_cuts_past_write() -> None:
     drive(filter_.status(0, 10))
     drive(filter_.flush())
     filter_.lay_out(0, 10)
+    filter_.write_behind(0, 10)
     filter_.zeroes_fast()
     drive(filter_.hold(writing=True))
     with pytest.raises(UnsupportedOperationError):

@@ -105,6 +105,10 @@ class Storage:
         nor size change; what is not written after all is given back at `close`. False: no use to ask."""
         return False
 
+    def write_behind(self, offset: HostOffset, length: int) -> None:
+        """Advice: this range was written and will be flushed, so the medium may have it now. Never waits for
+        it, and takes nothing of the flush's duty to report errors."""
+
     async def status(self, offset: HostOffset, length: int) -> tuple[bool, int]:
         """(reads as zeros for certain, for how many bytes from `offset` on, at least 1)."""
         return False, length

@@ -75,6 +75,9 @@ class Filter(Storage):
     def lay_out(self, offset: HostOffset, length: int) -> bool:
         return self.below.lay_out(offset, length)
 
+    def write_behind(self, offset: HostOffset, length: int) -> None:
+        self.below.write_behind(offset, length)
+
     async def hold(self, *, writing: bool) -> None:
         await self.below.hold(writing=writing)
 

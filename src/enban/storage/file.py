@@ -280,6 +280,10 @@ class FileStorage(Storage):
         except OSError:
             return False  # a full disk, for one: the write will say so if it needs the room
 
+    def write_behind(self, offset: HostOffset, length: int) -> None:
+        if self._flushes and self._direct < 0:
+            host.start_writing(self._fd, offset, length)
+
     async def status(self, offset: HostOffset, length: int) -> tuple[bool, int]:
         if offset >= self._size:
             return True, length

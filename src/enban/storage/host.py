@@ -249,6 +249,18 @@ def lay_out(fd: int, offset: int, length: int) -> bool:
     return _fallocate(fd, _KEEP_SIZE, offset, length)
 
 
+def start_writing(fd: int, offset: int, length: int) -> None:
+    """Begin to write a range of the page cache to the medium.
+
+    Linux does so when told that the range will not be needed; what is on its way stays in the cache.
+    """
+    if hasattr(os, "posix_fadvise"):
+        try:
+            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+        except OSError:
+            pass  # no file of a kind that could
+
+
 def data_or_hole(fd: int, offset: int, end: int) -> tuple[bool, int]:
     """(whether `offset` is in a hole, how many bytes on that holds, at most to `end`)."""
     if not HAVE_HOLES:
