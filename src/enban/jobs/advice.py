@@ -1,5 +1,5 @@
-"""What a job that writes much tells the host of its target: where the file will grow, and what was written and
-may go to the medium while the job goes on. All of it is advice: nothing depends on it.
+"""What a job that writes much tells the host of its target: where the file will grow, and what was written
+and may go to the medium while the job goes on. All of it is advice: nothing depends on it.
 """
 
 from __future__ import annotations
