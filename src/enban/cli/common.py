@@ -126,6 +126,14 @@ def warn_of(arguments: Arguments, format: str, options: dict[str, str], size: in
             complain(f"warning: {line}")
 
 
+def number(arguments: Arguments, flag: str, default: int, *, least: int = 0, most: int = 1 << 31) -> int:
+    """The value of a flag that is a whole number. Raises UsageError."""
+    text = arguments.text(flag, str(default))
+    if not (text.isascii() and text.isdigit()) or not least <= int(text) <= most:
+        raise UsageError(f"'{text}' is no number for {flag}", hint=f"use {least} to {most}")
+    return int(text)
+
+
 def gate(arguments: Arguments) -> Gate:
     """What names found in images may be opened: all of a user's own images, unless told otherwise."""
     return SIBLINGS if arguments.on("--untrusted") else TRUSTED

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from enban.cli import common
 from enban.cli.options import Flag, Verb
-from enban.errors import UsageError
 from enban.units import parse_size
 
 TYPE_CHECKING = False
@@ -27,7 +26,7 @@ def run(arguments: Arguments) -> int:
     run_machine(
         settings,
         terminal=not arguments.on("--no-terminal"),
-        grace_s=_number(arguments, "--grace", 30, most=86400),
+        grace_s=common.number(arguments, "--grace", 30, most=86400),
         log=_drop if quiet else common.complain,
         ready=tell_ready,
     )
@@ -61,7 +60,7 @@ def _settings(arguments: Arguments) -> Settings:
         snapshot_dir=arguments.text("--snapshot-dir") or None,
         cdrom="" if cdrom == "none" else cdrom,
         memory=parse_size(arguments.text("-m", "512M")),
-        cpus=_number(arguments, "--cpus", 1, least=1, most=255),
+        cpus=common.number(arguments, "--cpus", 1, least=1, most=255),
         accel=arguments.text("--accel", "auto"),
         machine=arguments.text("--machine", "pc"),
         display=arguments.text("--display", "none"),
@@ -99,13 +98,6 @@ def _serial(spec: str, number: int) -> str | SerialPort:
 
         return lambda: debug_port(spec, id=f"kd{number}", log=common.complain)
     return CONSOLE if spec in ("stdio", CONSOLE) else spec
-
-
-def _number(arguments: Arguments, flag: str, default: int, *, least: int = 0, most: int) -> int:
-    text = arguments.text(flag, str(default))
-    if not (text.isascii() and text.isdigit()) or not least <= int(text) <= most:
-        raise UsageError(f"'{text}' is no number for {flag}", hint=f"use {least} to {most}")
-    return int(text)
 
 
 VERB = Verb(

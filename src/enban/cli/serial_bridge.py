@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 def run(arguments: Arguments) -> int:
     from enban.serial.bridge import Bridge
     from enban.serial.live import Live
+    from enban.serial.polling import SPIN_US
     from enban.serial.transports import parse_transport
 
     sides = [parse_transport(text) for text in arguments.operands]
@@ -47,6 +48,7 @@ def run(arguments: Arguments) -> int:
             injector=live.injector,
             log=log,
             on_tick=tick,
+            spin_us=common.number(arguments, "--spin-us", SPIN_US, most=100_000),
         )
         bridge.open()
         for side in sides:
@@ -106,6 +108,12 @@ VERB = Verb(
         Flag(
             "--inject-break-in",
             "Repeat a debugger's break-in that had no effect; it is logged",
+        ),
+        Flag(
+            "--spin-us",
+            "Before waiting, look again and again for so many microseconds while packets follow each other: "
+            "a third off the round trip, costs processor time; 0 for never (100)",
+            value="US",
         ),
         common.QUIET,
         common.HELP,

@@ -68,14 +68,14 @@ def _settings(arguments: Arguments) -> Settings:
     settings.socket_path = arguments.text("-k")
     settings.tcp = arguments.on("-p") or arguments.on("-b")
     settings.bind = arguments.text("-b")
-    settings.port = _number(arguments, "-p", settings.port, most=65535)
-    settings.shared = _number(arguments, "-e", settings.shared)
+    settings.port = common.number(arguments, "-p", settings.port, most=65535)
+    settings.shared = common.number(arguments, "-e", settings.shared)
     settings.tls_dir = arguments.text("--tls-dir")
     settings.tls_verify = not arguments.on("--tls-any-client")
     settings.pid_file = arguments.text("--pid-file")
-    settings.idle_s = _number(arguments, "--idle-exit", 0)
-    settings.handshake_s = _number(arguments, "--handshake-timeout", int(settings.handshake_s), least=1)
-    settings.spin_us = _number(arguments, "--spin-us", settings.spin_us, most=100_000)
+    settings.idle_s = common.number(arguments, "--idle-exit", 0)
+    settings.handshake_s = common.number(arguments, "--handshake-timeout", int(settings.handshake_s), least=1)
+    settings.spin_us = common.number(arguments, "--spin-us", settings.spin_us, most=100_000)
     settings.trace = arguments.text("--trace")
     settings.cache = arguments.text("-t", settings.cache)
     settings.snapshot = arguments.on("--snapshot")
@@ -89,13 +89,6 @@ def _settings(arguments: Arguments) -> Settings:
     if settings.snapshot_dir and not settings.snapshot:
         raise UsageError("--snapshot-dir goes with --snapshot")
     return settings
-
-
-def _number(arguments: Arguments, flag: str, default: int, *, least: int = 0, most: int = 1 << 31) -> int:
-    text = arguments.text(flag, str(default))
-    if not (text.isascii() and text.isdigit()) or not least <= int(text) <= most:
-        raise UsageError(f"'{text}' is no number for {flag}", hint=f"use {least} to {most}")
-    return int(text)
 
 
 VERB = Verb(

@@ -14,8 +14,7 @@ Rules it keeps:
 - **The guest stays.** Debuggers come and go; the guest's side is opened first, and again whenever it is lost.
 - Queues are bounded (`QUEUE_BYTES` each). A paced line holds back its source instead of queueing.
 
-One thread polls, reads and writes without ever waiting in a read or write. (Looking again and again before
-sleeping was tried: it takes from the processor what debugger and guest need, and made round trips longer.)
+One thread polls, reads and writes without ever waiting in a read or write.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from time import monotonic, monotonic_ns
 
 from .looking import DEBUGGER, TARGET, Looking
 from .peer import QUEUE_BYTES, Peer, role, state
-from .polling import READ, WRITE, Poller
+from .polling import READ, SPIN_US, WRITE, Poller
 from .transports.base import READ_SIZE, LinkEnded
 
 TYPE_CHECKING = False
@@ -49,7 +48,8 @@ class Bridge:
     """guest: its line. debuggers: where they come from. observers: are shown what went through, afterwards.
 
     log: gets a line for each event. on_tick: is called about once a second. stall_s: see the module.
-    injector: decides what the bridge may send by itself; None, the default, is nothing ever.
+    injector: decides what the bridge may send by itself; None, the default, is nothing ever. spin_us: see
+    `Poller`.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Bridge:
         on_tick: Callable[[], None] = lambda: None,
         stall_s: float = STALL_S,
         injector: Injector | None = None,
+        spin_us: int = SPIN_US,
     ) -> None:
         self._guest_side = guest
         self._debug_side = list(debuggers)
@@ -74,7 +75,7 @@ class Bridge:
         self._guest: Peer | None = None
         self._debuggers: list[Peer] = []
         self._active: Peer | None = None
-        self._poller = Poller()
+        self._poller = Poller(spin_us)
         self._by_fd: dict[int, Peer] = {}
         self._waiting: dict[int, Transport] = {}
         self._due = 0.0
@@ -153,7 +154,7 @@ class Bridge:
                         self._looking.look()
                         continue
                 else:
-                    events = self._poller.poll(max(0, int((self._due - now) * 1000 + 1)))
+                    events = self._poller.wait(max(0, int((self._due - now) * 1000 + 1)))
                 for fd, mask in events:
                     self._handle(fd, mask)
         finally:
