@@ -57,6 +57,6 @@ class Poller:
                     return events
             self._misses += 1
         events = poll(milliseconds)
-        if perf_counter_ns() - started <= _SHORT_WAIT * spin_ns:
+        if events and perf_counter_ns() - started <= _SHORT_WAIT * spin_ns:
             self._misses = 0
         return events
