@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ needs_guest = needs("qemu-system-x86_64", "qemu-system-x86")
 
 
 @contextmanager
-def guest(folder: Path, *serial: str) -> Iterator[subprocess.Popen[bytes]]:
+def guest(folder: Path, *serial: str, stdio: int = subprocess.DEVNULL) -> Iterator[subprocess.Popen[bytes]]:
     image = folder / "boot.img"
     image.write_bytes(boot_sector())
     command = [
@@ -40,7 +41,8 @@ def guest(folder: Path, *serial: str) -> Iterator[subprocess.Popen[bytes]]:
     ]
     command += ["-drive", f"file={image},format=raw,if=ide", *serial]
     with (folder / "qemu.log").open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        out = log if stdio == subprocess.DEVNULL else stdio
+        process = subprocess.Popen(command, stdin=stdio, stdout=out, stderr=log)
     try:
         yield process
     finally:
@@ -94,6 +96,29 @@ def test_no_byte_is_lost_and_a_hundred_exchanges_a_second(name: str, tmp_path: P
         running.expect("is gone")
         debugger.close()
     print(f"{name}: {rate:.0f} exchanges a second")
+    assert rate >= 100
+
+
+@needs_guest
+def test_stdio_of_both(tmp_path: Path) -> None:
+    """QEMU's standard input and output are the bridge's, as in a shell pipeline that goes in a circle."""
+    ours, theirs = socket.socketpair()
+    words = ("serial", "bridge", "stdio", f"unix:{tmp_path / 'd'},listen")
+    with (tmp_path / "told").open("wb") as told, ours, theirs:
+        fd = ours.fileno()
+        running = subprocess.Popen(command(*words), env=environment(), stdin=fd, stdout=fd, stderr=told)
+        try:
+            until(lambda: "ready: unix" in (tmp_path / "told").read_text(), "the bridge")
+            debugger = Client(f"unix:{tmp_path / 'd'}").connect()
+            until(lambda: "is the active" in (tmp_path / "told").read_text(), "the debugger")
+            chardev = ("-chardev", "stdio,id=s,signal=off", "-serial", "chardev:s")
+            with guest(tmp_path, *chardev, stdio=theirs.fileno()):
+                rate = talk(debugger)
+            debugger.close()
+        finally:
+            running.terminate()
+            running.wait(30)
+    assert running.returncode == 0, (tmp_path / "told").read_text()
     assert rate >= 100
 
 
