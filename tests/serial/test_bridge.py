@@ -300,14 +300,16 @@ def test_tcp_links_never_wait(tmp_path: Path, client: Callable[[str], Client]) -
     with bridge(inner.bridge, outer.bridge) as running:
         guest, debugger = client(inner.client).connect(), client(outer.client).connect()
         running.expect("is the active debugger")
-        started = monotonic()
+        taken = []
         for _ in range(50):
+            started = monotonic()
             debugger.send(b"a")
             debugger.send(b"b")
             assert guest.receive(2) == b"ab"
             guest.send(b"c")
             assert debugger.receive(1) == b"c"
-        assert monotonic() - started < 1.6
+            taken.append(monotonic() - started)
+        assert min(taken) < 0.04  # with Nagle none is shorter
 
 
 def test_without_descriptors_it_goes_on(
