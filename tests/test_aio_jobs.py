@@ -29,6 +29,11 @@ def test_jobs_give_what_the_blocking_ones_give(tmp_path: Path) -> None:
             assert await disk.pread(12, 0) == b"abcabcaxyzbc"
         await enban.aio.rebase(overlay, "")
         assert "backing-filename" not in (await enban.aio.image_info(overlay))[0]
+        await enban.aio.amend(overlay, {"compat": "0.10"})
+        with pytest.raises(enban.EnbanError, match="cluster_size"):
+            await enban.aio.amend(overlay, {"cluster_size": "4k"})
+        amended = (await enban.aio.image_info(overlay))[0]
+        assert amended["format-specific"]["data"]["compat"] == "0.10"
 
     asyncio.run(scenario())
 

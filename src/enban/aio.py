@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncDisk",
     "AsyncioRuntime",
+    "amend",
     "backup",
     "check",
     "commit",
@@ -368,6 +369,11 @@ async def _in_thread(name: str, reports: bool, args: tuple[Any, ...], settings: 
         if not work.cancelled():
             work.exception()
         raise
+
+
+async def amend(*args: Any, **settings: Any) -> None:
+    """`enban.amend` without blocking the loop. Cancelled, it still goes to its end."""
+    await _in_thread("amend", False, args, settings)
 
 
 async def backup(*args: Any, **settings: Any) -> BackupResult:
