@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 QUEUES = 8
 PATIENCE_S = 3.0
+_STATUS, _WAKE = b"s", b"w"
 
 
 class Server:
@@ -58,9 +59,28 @@ class Server:
         """Begin to end. May be called from a signal handler, and more than once."""
         self._stopping = True
         try:
-            self._wake_sender.send(b"w", socket.MSG_DONTWAIT)
+            self._wake_sender.send(_WAKE, socket.MSG_DONTWAIT)
         except OSError:
             pass  # it has ended
+
+    def request_status(self) -> None:
+        """Have `status` written to the log. May be called from a signal handler."""
+        try:
+            self._wake_sender.send(_STATUS, socket.MSG_DONTWAIT)
+        except OSError:
+            pass  # it has ended, or is being woken already
+
+    def status(self) -> str:
+        """Who is connected and what is in flight, for how long; lines for a person."""
+        ledger = self.device.door.ledger
+        session = self._session
+        lines = [
+            f"a front-end is connected, {session.answered} requests answered" if session else "no front-end",
+            f"{self.device.door.node.name}: {ledger.started} requests begun, {ledger.done} done, "
+            f"{ledger.failed} failed",
+        ]
+        lines += [f"    {one!r} for {one.age_ns / 1e6:.1f} ms" for one in ledger.in_flight]
+        return "\n".join(lines)
 
     def resized(self) -> bool:
         """Tell the guest that the disk has another size; whether there is one that can be told."""
@@ -100,6 +120,9 @@ class Server:
         else:
             timeout_s = max(0.0, self._patience - monotonic())
         ready = {fd for fd, _ in poll.poll(None if timeout_s is None else timeout_s * 1000 + 1)}
+        if self._wake_receiver.fileno() in ready and _STATUS in self._wake_receiver.recv(4096):
+            for line in self.status().splitlines():
+                self.log(line)
         if self._listener.fileno() in ready:
             self._accept()
         elif self._waiting is not None and monotonic() >= self._patience:
