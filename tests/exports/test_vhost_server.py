@@ -487,13 +487,15 @@ def test_no_descriptor_is_left_behind(one: Served) -> None:
         front.start(base=1)
         front.close()
         one.fronts.remove(front)
-        for _ in range(500):
-            if not one.server.connected:
-                break
-            time.sleep(0.01)
 
-    begin_and_end()
-    before = len(os.listdir("/proc/self/fd"))
+    def count() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = count()
     for _ in range(3):
         begin_and_end()
-    assert len(os.listdir("/proc/self/fd")) == before
+    for _ in range(500):
+        if count() == before:
+            break
+        time.sleep(0.01)
+    assert count() == before

@@ -216,12 +216,11 @@ class FrontEnd:
         os.eventfd_write(self.kicks[index], 1)
 
     def wait_call(self, index: int = 0, timeout_s: float = 10) -> None:
-        driver = self.drivers[index]
-        if driver.ask_for_call():
-            return
-        ready, _, _ = select.select([self.calls[index]], [], [], timeout_s)
-        assert ready, "the device has not called"
-        os.eventfd_read(self.calls[index])
+        """Sleep until something was given back; a call may be late, of what was seen without it."""
+        while not self.drivers[index].ask_for_call():
+            ready, _, _ = select.select([self.calls[index]], [], [], timeout_s)
+            assert ready, "the device has not called"
+            os.eventfd_read(self.calls[index])
 
     def run(
         self, kind: int, sector: int, data: bytes | int = b"", *, index: int = 0, indirect: bool = False,

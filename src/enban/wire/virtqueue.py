@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 DESCRIPTOR = Struct("<QIHH")
 DESCRIPTOR_SIZE = DESCRIPTOR.size
+_THREE = Struct("<QIHHQIHHQIHH")
 
 NEXT = 1
 WRITE = 2  # the device writes it
@@ -165,6 +166,23 @@ class Ring:
             index = following
             steps -= 1
         raise BrokenRing("a chain of descriptors without an end")
+
+    def plain(self, head: int) -> tuple[int, int, int, int, int] | None:
+        """A chain of the form that most have: 16 bytes to read, one piece of data, one byte to write, their
+        descriptors side by side. (address of the first, of the data, its length, its flags, address of the
+        byte); None if it is another or none at all, which `chain` tells."""
+        if head + 2 >= self.size:
+            return None
+        a, al, af, an, b, bl, bf, bn, c, cl, cf, _ = _THREE.unpack_from(self._descriptors, head << 4)
+        if af == INDIRECT and al == _THREE.size and self.indirect:
+            start, end, view = self.memory.parts[0]
+            if not start <= a <= end - al:
+                return None
+            head = 0
+            a, al, af, an, b, bl, bf, bn, c, cl, cf, _ = _THREE.unpack_from(view, a - start)
+        if af != NEXT or bf & ~WRITE != NEXT or cf != WRITE or al != 16 or cl != 1:
+            return None
+        return (a, b, bl, bf, c) if an == head + 1 and bn == head + 2 else None
 
     def put(self, position: int, head: int, written: int) -> None:
         """Give a chain back: `written` bytes were written into it. The driver sees it after `publish`."""
