@@ -7,7 +7,7 @@ requests  one request by all the rules
 memory    the front-end's files mapped, and the log of pages written
 """
 
-from .queue import SPIN_US
 from .server import Server
+from .spin import SPIN_US
 
 __all__ = ["SPIN_US", "Server"]

@@ -28,6 +28,7 @@ from ...storage import host
 from ...wire.virtio_blk import IN, IOERR, OK, OUT, REQUEST, SECTOR, SECTOR_BITS
 from ...wire.virtqueue import WRITE, BrokenRing
 from .requests import NoRoom
+from .spin import Spin
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,16 +36,11 @@ if TYPE_CHECKING:
     from .memory import Log
     from .requests import Device
 
-# From its answer to its next request a guest on TCG takes some 50 us: a shorter spin would be in vain.
-SPIN_US = 150
 _LOOKS = 16  # looks at the ring between two moments at which other threads may run
-_MOST_MISSES = 8  # spins in vain in a row, then no more until a wait was short
-_SHORT_WAIT = 4  # a wait of up to so many times the spin makes spinning worth a try
 _MOST_PIECES = 512  # of data, for one call to the system
 _TOLD = (1).to_bytes(8, "little")
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 _U16 = 0xFFFF
-_spinning = _thread.allocate_lock()  # one thread of this process spins at most
 
 
 class Queue:
@@ -64,12 +60,10 @@ class Queue:
         self.kick = self.call = self.error = -1
         self.answered = 0
         self.broken = ""
-        self._spin_ns = spin_us * 1000
+        self._spin = Spin(spin_us)
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._spinning = True
-        self._misses = 0
         self._nowait = _NOWAIT if host.HAVE_PREADV else 0
         self._barrier = _thread.allocate_lock()
         self._barrier.acquire()
@@ -148,13 +142,16 @@ class Queue:
     def _wait(self) -> None:
         """Return when there may be something to do."""
         ring, position = self._ring, self.position & _U16
-        if self._spin_ns and self._spinning and _spinning.acquire(blocking=False):
+        spin = self._spin
+        if spin.begin():
+            found = False
             try:
                 ring.quiet()
-                if self._spin(ring, position):
-                    return
+                found = self._look(ring, position)
             finally:
-                _spinning.release()
+                spin.end(found)
+            if found:
+                return
         ring.listen(position)
         self._fence()
         if ring.available_index != position:
@@ -162,24 +159,20 @@ class Queue:
         before = perf_counter_ns()
         # Without a descriptor for kicks the driver does not kick: the ring is looked at each millisecond.
         self._poll(None if self.kick >= 0 else 1)
-        if perf_counter_ns() - before < _SHORT_WAIT * self._spin_ns:
-            self._spinning, self._misses = True, 0
+        spin.waited(perf_counter_ns() - before)
 
-    def _spin(self, ring: Ring, position: int) -> bool:
-        until = perf_counter_ns() + self._spin_ns
+    def _look(self, ring: Ring, position: int) -> bool:
+        """Look at the ring again and again; whether there is something to do."""
+        go_on, until = self._spin.look, perf_counter_ns() + self._spin.length_ns
         while True:
             for _ in range(_LOOKS):
                 if ring.available_index != position:
-                    self._misses = 0
                     return True
             if self._stopping:
                 return True
-            if perf_counter_ns() > until:
-                break
+            if not go_on(until):
+                return False
             self._poll(0)  # others of our threads get their turn
-        self._misses += 1
-        self._spinning = self._misses < _MOST_MISSES
-        return False
 
     def _poll(self, timeout_ms: int | None) -> None:
         for fd, _ in self._poller.poll(timeout_ms):
@@ -204,6 +197,8 @@ class Queue:
         finally:
             ledger.end_batch(entry, self.answered - before - self._slow)
         self._call()
+        if self._slow:
+            self._spin.was_slow()
 
     def _take_plain(self, count: int, nowait: int) -> int:
         """Answer those at the front that are of the most frequent form: a read of one piece, in the largest

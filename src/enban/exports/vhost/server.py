@@ -13,9 +13,9 @@ import threading
 from time import monotonic
 
 from ...errors import PeerError
-from .queue import SPIN_US
 from .requests import Device
 from .session import Session
+from .spin import SPIN_US
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
