@@ -4,6 +4,7 @@ outside the guest's memory."""
 from __future__ import annotations
 
 import os
+import socket
 import struct
 import time
 from collections.abc import Iterator
@@ -14,8 +15,11 @@ from hypothesis import strategies as st
 
 import enban
 from enban.block.disk import Disk
+from enban.errors import PeerError
 from enban.exports.vhost.queue import Queue
 from enban.exports.vhost.requests import Device
+from enban.exports.vhost.session import Session
+from enban.wire import vhost_user as vu
 from enban.wire import virtio_blk as blk
 from enban.wire.virtqueue import Memory, Ring, part_sizes
 
@@ -104,6 +108,52 @@ def test_anything_in_a_ring(
     ledger = disk.door.ledger
     assert not ledger.in_flight
     assert ledger.started == ledger.done + ledger.failed + ledger.cancelled
+
+
+messages = st.lists(
+    st.tuples(
+        st.one_of(st.sampled_from(sorted(vu.NAMES)), st.integers(0, 50)),
+        st.one_of(
+            st.binary(max_size=80),
+            st.builds(lambda a, b: struct.pack("<II", a, b), st.integers(0, 3), st.integers(0, 1 << 16)),
+            st.integers(0, 1 << 9).map(vu.U64.pack),
+            st.just(vu.pack_regions([vu.Region(GUEST, ROOM, 1 << 40, 0)])[12:]),
+            st.just(vu.pack_address(vu.RingAddress(0, 1, 1 << 40, (1 << 40) + 512, (1 << 40) + 256, 0))[12:]),
+            st.just(vu.pack_log(4096, 0)[12:]),
+        ),
+        st.integers(0, 2),
+        st.booleans(),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(messages)
+def test_any_messages_in_any_order(disk: Disk, said: list[tuple[int, bytes, int, bool]]) -> None:
+    """The session answers or ends, with an error of the peer's kind, and leaves no descriptor behind."""
+    before = len(os.listdir("/proc/self/fd"))
+    ours, theirs = socket.socketpair()
+    fd = os.memfd_create("any")
+    os.ftruncate(fd, ROOM)
+    device = Device(disk.door, "x", log=lambda text: None)
+    session = Session(ours, device, queues=2, spin_us=0)
+    try:
+        for request, payload, fds, wanted in said:
+            flags = vu.VERSION | (vu.NEED_REPLY if wanted else 0)
+            message = vu.HEADER.pack(request, flags, len(payload)) + payload
+            socket.send_fds(theirs, [message], [fd] * fds)
+            try:
+                assert session.serve_one()
+            except PeerError as error:
+                assert str(error).isprintable()
+                break
+    finally:
+        session.close()
+        theirs.close()
+        os.close(fd)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not disk.door.ledger.in_flight
 
 
 def test_the_disk_is_sound_afterwards(disk: Disk) -> None:

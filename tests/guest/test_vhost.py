@@ -128,6 +128,29 @@ def test_a_state_of_other_devices_is_refused_and_the_machine_goes_on(tmp_path: P
     qemu_check(disk)
 
 
+def test_a_guest_that_runs_moves_to_another_qemu(tmp_path: Path) -> None:
+    """A live migration: while it runs, QEMU asks which pages of the guest's memory we write."""
+    disk = boot_disk(tmp_path / "disk.qcow2", "qcow2")
+    stream = tmp_path / "stream"
+
+    async def scenario() -> None:
+        async with Machine(settings(disk)) as machine:
+            before = await count(machine)
+            await machine.execute("migrate-set-parameters", {"max-bandwidth": 8 << 20})
+            await machine.execute("migrate", {"uri": f"exec:cat > {stream}"})
+            for _ in range(300):
+                found = await machine.execute("query-migrate")
+                if found["status"] not in ("setup", "active", "device"):
+                    break
+                await asyncio.sleep(0.1)
+            assert found["status"] == "completed", found
+        async with Machine(settings(disk, extra=("-incoming", f"exec:cat {stream}"))) as machine:
+            assert await count(machine) > before
+
+    run(scenario(), 90)
+    qemu_check(disk)
+
+
 def test_a_qemu_of_ones_own_has_a_disk_that_is_served(tmp_path: Path) -> None:
     disk = boot_disk(tmp_path / "disk.qcow2", "qcow2")
     socket = tmp_path / "socket"

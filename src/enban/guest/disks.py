@@ -77,6 +77,8 @@ class GuestDisk:
         def say(text: str) -> None:
             log(f"{self.id}: {text}")
 
+        if not hasattr(os, "eventfd"):
+            raise UsageError(f"the bus {VHOST} needs Linux", hint="use virtio")
         listener = sockets.listen_unix(socket)
         self.vhost_socket = socket
         self._vhost = VhostServer(

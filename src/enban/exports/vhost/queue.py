@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 _LOOKS = 16  # looks at the ring between two moments at which other threads may run
 _MOST_PIECES = 512  # of data, for one call to the system
 _TOLD = (1).to_bytes(8, "little")
+# Whether others see this processor's stores, and it sees theirs, in the order in which they were made.
+_ORDERED = os.name != "posix" or os.uname().machine in ("x86_64", "i686")
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 _U16 = 0xFFFF
 
@@ -91,8 +93,9 @@ class Queue:
         self._poller.register(self._wake, select.POLLIN)
         if self.kick >= 0:
             self._poller.register(self.kick, select.POLLIN)
-        self._thread = threading.Thread(target=self._live, name=f"vhost-{self.index}", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._live, name=f"vhost-{self.index}", daemon=True)
+        thread.start()
+        self._thread = thread
 
     def pause(self) -> None:
         """End the thread, when what it has taken is answered."""
@@ -102,6 +105,10 @@ class Queue:
             os.eventfd_write(self._wake, 1)
             thread.join()
             os.eventfd_read(self._wake)
+
+    def tell(self) -> None:
+        """Call the driver, whatever it wants: what it was told another way may have been lost."""
+        _signal(self.call)
 
     def close(self) -> None:
         self.pause()
@@ -179,8 +186,8 @@ class Queue:
             if fd == self.kick:
                 try:
                     os.read(fd, 8)
-                except BlockingIOError:
-                    pass
+                except OSError:
+                    pass  # somebody else has read it, or it is none of our business what it is
 
     # -- a batch -----------------------------------------------------------------------------
 
@@ -188,6 +195,8 @@ class Queue:
         ledger = self.device.door.ledger
         entry = ledger.begin_batch()
         before, self._slow = self.answered, 0
+        if not _ORDERED:
+            self._fence()  # the index was seen, now what it speaks of is
         try:
             nowait = self._nowait if count > 1 else 0
             count -= self._take_plain(count, nowait)
@@ -237,6 +246,8 @@ class Queue:
                 return done  # it is met again, and translated
             view[status - start] = OK
             ring.put(self._used, head, length + 1)
+            if not _ORDERED:
+                self._fence()
             self._used = used = (self._used + 1) & _U16
             ring.publish(used)
             self.answered += 1
@@ -367,6 +378,8 @@ class Queue:
         ring.put(self._used, head, written)
         place = self._used_log + 4 + 8 * (self._used & ring.mask)
         self._used = (self._used + 1) & _U16
+        if not _ORDERED:
+            self._fence()
         ring.publish(self._used)
         if self._used_log >= 0 and self._log is not None:
             self._log.mark(place, 8)

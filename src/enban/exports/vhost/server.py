@@ -157,7 +157,7 @@ class Server:
         try:
             if session.serve_one():
                 return
-        except (PeerError, OSError) as error:
+        except (PeerError, OSError, MemoryError, RuntimeError) as error:  # the last one: no more threads
             self.log(f"the front-end is disconnected: {error}")
         self._end_session()
 

@@ -338,6 +338,8 @@ class Session:
             self._put_fd(queue, name, fd)
             if name == "kick":
                 queue.started = True
+            elif name == "call":
+                queue.tell()
 
         self._change([queue], change)
 
@@ -366,7 +368,12 @@ class Session:
         self._change([queue], change)
 
     def _set_backend_req_fd(self, payload: bytes) -> None:
-        sock = socket.socket(fileno=self._take_fd())
+        fd = self._take_fd()
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError:
+            os.close(fd)
+            raise
         with self._guard:
             before, self._backend = self._backend, sock
         if before is not None:
