@@ -284,17 +284,18 @@ def test_a_stopped_ring_goes_on_where_it_was_in_other_memory_too(one: Served) ->
     assert front.memory[place : place + 512] == b"a" * 512
 
 
-def test_the_next_front_end_begins_anew_and_a_second_is_turned_away(one: Served) -> None:
-    first = one.connect().begin()
-    assert first.run(blk.OUT, 0, b"a" * 512)[0] == blk.OK
-    second = one.connect()
-    second.send(vu.pack(vu.GET_FEATURES))
-    with pytest.raises(ConnectionError):
-        second.receive()
-    assert any("turned away" in line for line in one.lines)
-    first.sock.close()
-    third = one.connect().begin()
-    assert third.run(blk.IN, 0, 512)[1] == b"a" * 512
+def test_the_next_front_end_begins_anew_and_a_second_is_turned_away(tmp_path: Path) -> None:
+    with served(tmp_path, image(tmp_path), patience_s=0.2) as one:
+        first = one.connect().begin()
+        assert first.run(blk.OUT, 0, b"a" * 512)[0] == blk.OK
+        second = one.connect()
+        second.send(vu.pack(vu.GET_FEATURES))
+        with pytest.raises(ConnectionError):
+            second.receive()
+        assert any("turned away" in line for line in one.lines)
+        first.sock.close()
+        third = one.connect().begin()
+        assert third.run(blk.IN, 0, 512)[1] == b"a" * 512
 
 
 def test_one_that_just_left_is_waited_for(one: Served) -> None:

@@ -78,10 +78,6 @@ class Queue:
 
     # -- for the session's thread ------------------------------------------------------------
 
-    @property
-    def running(self) -> bool:
-        return self._thread is not None
-
     def resume(self, ring: Ring, log: Log | None, used_log: int) -> None:
         """Start to answer. log: where what is written is marked; used_log: the guest address of the used
         ring in it, -1 if that is not wanted."""

@@ -30,7 +30,8 @@ _STATUS, _WAKE = b"s", b"w"
 
 class Server:
     """listener: a listening unix socket, closed at the end. id: what the guest gets as the disk's serial
-    number. queues: how many a front-end may use. on_full: see `requests.Device`."""
+    number. queues: how many a front-end may use. patience_s: how long a second one waits. on_full: see
+    `requests.Device`."""
 
     def __init__(
         self,
@@ -40,6 +41,7 @@ class Server:
         id: str = "enban",
         queues: int = QUEUES,
         spin_us: int = SPIN_US,
+        patience_s: float = PATIENCE_S,
         log: Callable[[str], None] = lambda text: None,
         on_full: Callable[[str], None] | None = None,
     ) -> None:
@@ -50,7 +52,8 @@ class Server:
         self._spin_us = spin_us
         self._session: Session | None = None
         self._waiting: socket.socket | None = None
-        self._patience = 0.0
+        self._patience_s = patience_s
+        self._patience = 0.0  # the moment when it ends
         self._stopping = False
         self._guard = threading.Lock()
         self._wake_receiver, self._wake_sender = socket.socketpair()
@@ -86,10 +89,6 @@ class Server:
         """Tell the guest that the disk has another size; whether there is one that can be told."""
         with self._guard:
             return self._session is not None and self._session.notify_size()
-
-    @property
-    def connected(self) -> bool:
-        return self._session is not None
 
     def run(self) -> None:
         """Serve until `stop`; what the guest has asked for is answered when this returns."""
@@ -140,7 +139,7 @@ class Server:
         if self._session is None:
             self._begin(sock)
         else:
-            self._waiting, self._patience = sock, monotonic() + PATIENCE_S
+            self._waiting, self._patience = sock, monotonic() + self._patience_s
 
     def _begin(self, sock: socket.socket) -> None:
         self.device.features, self.device.writeback = 0, True
