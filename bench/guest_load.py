@@ -1,7 +1,7 @@
 """A guest that reads its disk at random places; prints what a read took in seconds.
 
     python -m bench.guest_load IMAGE FOLDER qemu                 QEMU opens it, the better of its aio modes
-    python -m bench.guest_load IMAGE FOLDER ENBAN-COMMAND...     enban run
+    python -m bench.guest_load IMAGE FOLDER BUS ENBAN-COMMAND... enban run --bus BUS
 
 The guest is the tiny one of `scripts/tiny_guest.py` on TCG, with a program of its own in place of a shell: it
 reads 4 KiB with O_DIRECT, one after the other, and says on the serial line when it begins and ends. The first
@@ -93,7 +93,8 @@ def main(arguments: list[str]) -> int:
             commands = [[*common, "-drive", f"{drive},aio={aio}"] for aio in ("threads", "io_uring")]
         else:
             os.environ["XDG_RUNTIME_DIR"] = name
-            commands = [[*command, "run", "-q", "-r", "--accel", "tcg", *kernel, image]]
+            bus, *command = command
+            commands = [[*command, "run", "-q", "-r", "--bus", bus, "--accel", "tcg", *kernel, image]]
         print(min(measure(words) for words in commands))
     return 0
 

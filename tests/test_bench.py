@@ -108,7 +108,7 @@ def test_the_goals_of_the_project_are_the_goals_of_the_bench() -> None:
         "serial: round trips, unix, against direct": 0.5,
         "serial: round trips, unix, against a 115200 line": 100,
         "serial: bytes, unix, against a 115200 line": 100,
-        "guest: 4k random read, depth 1": 0.8,
+        "guest: 4k random read, depth 1, bus vhost": 0.8,
         "raw -> qcow": 1.3,
         "qcow -> raw": 1.3,
         "qcow -> qcow2": 1.3,

@@ -1,4 +1,4 @@
-"""`enban serve`: disks over NBD, until told to stop."""
+"""`enban serve`: disks over NBD, or one by vhost-user, until told to stop."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from enban.units import parse_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from enban.cli.options import Arguments
     from enban.exports.nbd.service import Settings, Wanted
 
@@ -16,11 +18,35 @@ if TYPE_CHECKING:
 def run(arguments: Arguments) -> int:
     from enban.exports.nbd.service import serve
 
-    quiet = arguments.on("-q")
-    serve(
-        _wanted(arguments), _settings(arguments), announce=_announce, log=_drop if quiet else common.complain
-    )
+    log = _drop if arguments.on("-q") else common.complain
+    wanted, settings = _wanted(arguments), _settings(arguments)
+    if arguments.on("--vhost-user"):
+        return _vhost_user(arguments, wanted, settings, log)
+    serve(wanted, settings, announce=_announce, log=log)
     return 0
+
+
+def _vhost_user(
+    arguments: Arguments, wanted: list[Wanted], settings: Settings, log: Callable[[str], None]
+) -> int:
+    from enban.exports.vhost import SPIN_US
+    from enban.exports.vhost.service import serve
+
+    if len(wanted) > 1:
+        raise UsageError("--vhost-user is for a single disk", hint="start one enban serve for each")
+    for name in _OF_NBD:
+        if arguments.on(name):
+            raise UsageError(f"{name} does not go with --vhost-user", hint="see: enban serve --help")
+    if not arguments.on("--spin-us"):
+        settings.spin_us = SPIN_US
+    serve(wanted[0], settings, arguments.text("--vhost-user"), announce=_announce, log=log)
+    return 0
+
+
+_OF_NBD = (
+    *("-x", "-D", "-k", "-p", "-b", "-e", "-B", "--offset", "--size", "--tls-dir", "--tls-any-client"),
+    *("--idle-exit", "--handshake-timeout", "--trace"),
+)
 
 
 def _announce(uri: str) -> None:
@@ -114,6 +140,11 @@ VERB = Verb(
         Flag(
             "-b --bind", "TCP address to listen on, * for all; without it this machine alone", value="ADDRESS"
         ),
+        Flag(
+            "--vhost-user",
+            "Not NBD: be a vhost-user-blk device at this unix socket, for one QEMU whose memory is shared",
+            value="SOCKET",
+        ),
         Flag("-e --shared", "Clients at once, 0 for any number; more wait (64)", value="N"),
         Flag(
             "-B --bitmap",
@@ -130,7 +161,7 @@ VERB = Verb(
         Flag(
             "--spin-us",
             "Before waiting for a client, look again and again for so many microseconds if it has been "
-            "quick: halves the latency, costs processor time; 0 for never (50)",
+            "quick: halves the latency, costs processor time; 0 for never (50, with --vhost-user 150)",
             value="US",
         ),
         Flag(
@@ -151,6 +182,7 @@ VERB = Verb(
         ("one disk on a private unix socket", "serve disk.qcow2"),
         ("for a virtual machine", "serve -k /run/vm/disk.sock disk.qcow2"),
         ("a disk that is as before when it is over", "serve --snapshot -k /run/vm/disk.sock disk.qcow2"),
+        ("for a QEMU that shares its guest's memory", "serve --vhost-user /run/vm/disk.sock disk.qcow2"),
         ("two disks to the network, with TLS", "serve -p 10809 -b '*' --tls-dir certs a.qcow2 b.qcow2"),
     ),
     notes="The URI of each disk is printed. SIGTERM or Ctrl-C ends: what clients have sent is answered, the "

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 
 from .disks import Disks, GuestDisk
-from .settings import CONSOLE, Settings
+from .settings import CONSOLE, VHOST, Settings
 
 MEBI = 1 << 20
 # Slots of the PIIX IDE controller; the CD-ROM drive has bus 1, unit 0.
@@ -18,6 +18,9 @@ _IDE = (("ide.0", 0), ("ide.0", 1), ("ide.1", 1))
 _CDROM = "bus=ide.1,unit=0"
 DRIVE = "cdrom"
 IOTHREAD = "disks"
+# The name that QEMU gives to a PC's memory by itself, so that a saved state has it in any case.
+_MEMORY = "pc.ram"
+MOST_QUEUES = 4
 
 
 def command_line(
@@ -37,8 +40,9 @@ def command_line(
     serial lines, each QEMU's word or its arguments. incoming: wait for a state."""
     words = [program, "-no-user-config", "-nodefaults", "-S"]
     words += ["-name", f"guest={name}"]
-    words += ["-machine", settings.machine, "-accel", accel, "-cpu", "host" if accel == "kvm" else "max"]
-    words += ["-m", f"{-(-settings.memory // MEBI)}M", "-smp", str(settings.cpus), "-rtc", "base=utc"]
+    words += _memory(settings, shared=any(one.bus == VHOST for one in disks.disks))
+    words += ["-accel", accel, "-cpu", "host" if accel == "kvm" else "max"]
+    words += ["-smp", str(settings.cpus), "-rtc", "base=utc"]
     words += ["-chardev", f"socket,id=monitor,path={_path(monitor)}", "-mon", "chardev=monitor,mode=control"]
     words += ["-vga", "std"]
     if settings.display == "vnc":
@@ -56,6 +60,16 @@ def command_line(
     if incoming:
         words += ["-incoming", "defer"]
     return [*words, *settings.extra]
+
+
+def _memory(settings: Settings, *, shared: bool) -> list[str]:
+    """The machine and its memory. shared: in a file without a name that QEMU passes on to us."""
+    machine, size = settings.machine, f"{-(-settings.memory // MEBI)}M"
+    words = ["-m", size]
+    if shared:
+        words += ["-object", f"memory-backend-memfd,id={_MEMORY},size={size},share=on"]
+        machine += f",memory-backend={_MEMORY}"
+    return ["-machine", machine, *words]
 
 
 def _path(path: str) -> str:
@@ -86,6 +100,9 @@ def _disks(disks: Disks, settings: Settings) -> list[str]:
     used = {"ide": 0, "sata": 0}
     first = 2 if settings.boot == "d" else 1
     for number, one in enumerate(disks.disks):
+        if one.bus == VHOST:
+            words += _vhost(one, settings, number + first)
+            continue
         words += block_nodes(one, disks.socket)
         common = f"drive={one.id},id={one.id}-device,bootindex={number + first},serial=enban-{one.id}"
         if one.bus == "virtio":
@@ -104,6 +121,12 @@ def _disks(disks: Disks, settings: Settings) -> list[str]:
         words += block_nodes(disks.cdrom, disks.socket)
         device += f",drive={disks.cdrom.id}"
     return [*words, "-device", device]
+
+
+def _vhost(one: GuestDisk, settings: Settings, bootindex: int) -> list[str]:
+    socket = f"socket,id={one.id},path={_path(one.vhost_socket)}"
+    device = f"vhost-user-blk-pci,id={one.id}-device,chardev={one.id},bootindex={bootindex}"
+    return ["-chardev", socket, "-device", f"{device},num-queues={min(settings.cpus, MOST_QUEUES)}"]
 
 
 def block_nodes(one: GuestDisk, socket: str) -> list[str]:

@@ -25,8 +25,10 @@ from ..exports.nbd import sockets
 from ..exports.nbd.export import ServedExport
 from ..exports.nbd.server import Server
 from ..exports.nbd.transmission import SPIN_US
+from ..exports.vhost import SPIN_US as VHOST_SPIN_US
+from ..exports.vhost import Server as VhostServer
 from ..storage.cdrom import find_drive
-from .settings import DiskSettings, Settings
+from .settings import VHOST, DiskSettings, Settings
 
 CDROM = "cdrom"
 
@@ -35,7 +37,7 @@ class GuestDisk:
     """One disk of the machine.
 
     id: "disk0", ...; the name of its export and of QEMU's node. bus: "" for what lies in the CD-ROM drive.
-    nodes: how many NBD nodes QEMU has had for it.
+    nodes: how many NBD nodes QEMU has had for it. vhost_socket: where QEMU has it on the bus vhost.
     """
 
     def __init__(self, id: str, disk: Disk, bus: str, *, snapshot: bool = False) -> None:
@@ -45,6 +47,9 @@ class GuestDisk:
         self.snapshot = snapshot
         self.export = ServedExport(disk.door, id, description=os.path.basename(disk.name))
         self.nodes = 0
+        self.vhost_socket = ""
+        self._vhost: VhostServer | None = None
+        self._thread: threading.Thread | None = None
 
     @property
     def name(self) -> str:
@@ -59,8 +64,36 @@ class GuestDisk:
         return self.disk.format == "qcow2"
 
     def resized(self) -> None:
-        """The next client is told the size that the disk has now."""
+        """The next client is told the size that the disk has now; a guest on vhost is told at once."""
         self.export.size = self.disk.size
+        if self._vhost is not None:
+            self._vhost.resized()
+
+    def serve_vhost(
+        self, socket: str, *, spin_us: int, log: Callable[[str], None], on_full: Callable[[str], None]
+    ) -> None:
+        """Let QEMU have it at a socket of its own."""
+
+        def say(text: str) -> None:
+            log(f"{self.id}: {text}")
+
+        if not hasattr(os, "eventfd"):
+            raise UsageError(f"the bus {VHOST} needs Linux", hint="use virtio")
+        listener = sockets.listen_unix(socket)
+        self.vhost_socket = socket
+        self._vhost = VhostServer(
+            self.disk.door, listener, id=f"enban-{self.id}", spin_us=spin_us, log=say, on_full=on_full
+        )
+        self._thread = threading.Thread(target=self._vhost.run, name=f"vhost-{self.id}", daemon=True)
+        self._thread.start()
+
+    def end_vhost(self) -> None:
+        """Answer what the guest has asked for, and end the server."""
+        if self._vhost is not None and self._thread is not None:
+            self._vhost.stop()
+            self._thread.join()
+            self._vhost = None
+            os.unlink(self.vhost_socket)
 
     def next_node(self, socket: str) -> dict[str, Any]:
         """A QEMU block node that connects to the export anew."""
@@ -93,16 +126,20 @@ class GuestDisk:
 class Disks:
     """All disks of a machine and the server behind them.
 
-    socket: path of the server's unix socket. log: gets the server's lines.
+    socket: path of the server's unix socket. log: gets the server's lines. on_full: called from any thread
+    when there is no room for a write on the bus vhost, which waits until the machine was paused and goes on.
     """
 
-    def __init__(self, socket: str, log: Callable[[str], None]) -> None:
+    def __init__(
+        self, socket: str, log: Callable[[str], None], on_full: Callable[[str], None] = lambda text: None
+    ) -> None:
         self.socket = socket
         self.disks: list[GuestDisk] = []
         self.cdrom: GuestDisk | None = None
         self.followed = ""  # the host's drive whose discs the guest gets, if any
         self._discs = 0
         self._log = log
+        self._on_full = on_full
         self._server: Server | None = None
         self._thread: threading.Thread | None = None
 
@@ -114,8 +151,12 @@ class Disks:
             if settings.cdrom:
                 self._first_disc(settings)
             exports = [one.export for one in self._all()]
+            for disk in self.disks:
+                if disk.bus == VHOST:
+                    path, spin_us = f"{self.socket}-{disk.id}", _spin_us(settings, vhost=True)
+                    disk.serve_vhost(path, spin_us=spin_us, log=self._log, on_full=self._on_full)
             self._server = Server(
-                exports, [sockets.listen_unix(self.socket)], spin_us=_spin_us(settings.cpus), log=self._log
+                exports, [sockets.listen_unix(self.socket)], spin_us=_spin_us(settings), log=self._log
             )
         except BaseException:
             self.close()
@@ -175,6 +216,8 @@ class Disks:
                 os.unlink(self.socket)
             except FileNotFoundError:
                 pass
+        for one in self.disks:
+            one.end_vhost()
         first: EnbanError | None = None
         for one in self._all():
             try:
@@ -186,10 +229,15 @@ class Disks:
             raise first
 
 
-def _spin_us(cpus: int) -> int:
-    """Spinning answers sooner, but only where a processor is free for it: the guest's processors, QEMU's disk
-    thread and ours come first."""
-    return SPIN_US if (os.cpu_count() or 1) >= cpus + 3 else 0
+def _spin_us(settings: Settings, *, vhost: bool = False) -> int:
+    """Spinning answers sooner, but only where a processor is free for it. Over NBD the guest's processors,
+    QEMU's disk thread and ours come first; by vhost the guest's, for there is no other hop."""
+    if settings.spin_us is not None:
+        return settings.spin_us
+    free = (os.cpu_count() or 1) - settings.cpus
+    if vhost:
+        return VHOST_SPIN_US if free >= 1 else 0
+    return SPIN_US if free >= 3 else 0
 
 
 def _open(id: str, wanted: DiskSettings, settings: Settings) -> GuestDisk:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import PeerError, UsageError, from_oserror
 from ..storage.cdrom import DISC, CdromStorage, Drive
 from .command import DRIVE
-from .settings import LAYOUT
+from .settings import LAYOUT, VHOST
 
 if TYPE_CHECKING:
     from .disks import GuestDisk
@@ -39,6 +39,8 @@ async def resize(machine: Machine, one: GuestDisk, size: int) -> None:
         )
     await asyncio.to_thread(one.disk.resize, size)
     one.resized()
+    if one.bus == VHOST:
+        return  # QEMU was told, and asks for the rest
     before = one.node
     await machine.execute("blockdev-add", one.next_node(machine.disk_set.socket))
     await machine.execute("blockdev-reopen", {"options": [one.format_node()]})

@@ -109,7 +109,8 @@ class Machine:
     async def _start(self) -> None:
         place = self.place
         assert place is not None
-        self._disks = Disks(place.file("nbd"), self.log)
+        self._loop = asyncio.get_running_loop()
+        self._disks = Disks(place.file("nbd"), self.log, self._on_full)
         await asyncio.to_thread(self._disks.start, self.settings)
         if await asyncio.to_thread(states.recover, self.disks):
             self.log("a load was cut short last time: the disks are as they were before it")
@@ -134,6 +135,17 @@ class Machine:
         if not self.settings.paused:
             await self._resume()
         self._follower = asyncio.create_task(self._follow_drive())
+
+    def _on_full(self, reason: str) -> None:
+        """A disk's thread has no room for a write: pause, then the write is tried again when it goes on."""
+        asyncio.run_coroutine_threadsafe(self._pause_when_full(reason), self._loop)
+
+    async def _pause_when_full(self, reason: str) -> None:
+        self.log(f"{reason}; the guest is paused. Make room, then: enban ctl NAME resume")
+        try:
+            await self.execute("stop")
+        except (PeerError, ClosedError):
+            pass  # it is ending
 
     async def _follow_drive(self) -> None:
         """A disc that is changed in the host's drive is changed in the guest's."""

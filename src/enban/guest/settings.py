@@ -10,11 +10,13 @@ from ..block.gate import SIBLINGS, Gate
 from ..errors import UsageError
 from .keyboard.layouts import layout as find_layout
 
-BUSES = ("virtio", "ide", "sata")
+# vhost is virtio for the guest; its requests come straight from the guest's memory, which is shared with us.
+VHOST = "vhost"
+BUSES = ("virtio", VHOST, "ide", "sata")
 ACCELERATORS = ("auto", "kvm", "tcg")
 DISPLAYS = ("none", "vnc", "gtk")
 # How many disks a bus takes besides the CD-ROM drive.
-ROOM = {"virtio": 16, "ide": 3, "sata": 6}
+ROOM = {"virtio": 16, VHOST: 16, "ide": 3, "sata": 6}
 CONSOLE = "console"
 LAYOUT = "en-us"
 
@@ -42,9 +44,10 @@ class Settings:
     `snapshot_dir`, if given) and vanish at the end. cdrom: what lies in the CD-ROM drive, "" nothing;
     "/dev/cdrom" is the host's drive. memory: bytes. machine: QEMU's machine type; name a version
     ("pc-i440fx-7.2") to load states with a newer QEMU. serial: "console" (the first is `Machine.console`),
-    QEMU's words for `-serial`, or a SerialPort. boot: "c" disks first, "d" the CD-ROM first. name: of
-    the machine, for `enban ctl`. load: the state to begin with, "" is to boot. extra: further arguments for
-    QEMU.
+    QEMU's words for `-serial`, or a SerialPort. spin_us: how long a disk's thread looks for the guest's
+    next request before it sleeps, None as it fits this machine. boot: "c" disks first, "d" the CD-ROM first.
+    name: of the machine, for `enban ctl`. load: the state to begin with, "" is to boot. extra: further
+    arguments for QEMU.
     """
 
     disks: Sequence[str | dict[str, Any] | DiskSettings] = ()
@@ -60,6 +63,7 @@ class Settings:
     layout: str = ""
     serial: Sequence[str | SerialPort] = (CONSOLE,)
     bus: str = "virtio"
+    spin_us: int | None = None
     boot: str = "c"
     kernel: str = ""
     initrd: str = ""

@@ -29,11 +29,18 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Sequence
-    from typing import Any
+    from typing import Any, Protocol
 
     from ...block.cipher import Passphrase
     from ...block.door import Door
     from ...block.gate import Gate
+
+    class Stoppable(Protocol):
+        """A server whose `stop` and `request_status` may be called from a signal handler."""
+
+        def stop(self) -> None: ...
+
+        def request_status(self) -> None: ...
 
 
 class Wanted:
@@ -118,7 +125,7 @@ def serve(
             raise UsageError(f"two exports have the name '{name}'", hint="name them with -x, in order")
     with contextlib.ExitStack() as stack:
         # Until the last disk is closed a signal must not end the process: that would lose what was answered.
-        handlers = _keep_signal_handlers(stack)
+        handlers = keep_signal_handlers(stack)
         trace = None
         if settings.trace:
             trace = Trace(settings.trace)
@@ -128,7 +135,7 @@ def serve(
             from ...storage.tls import server_context
 
             tls = server_context(settings.tls_dir, verify_peer=settings.tls_verify)
-        exports = [_open(one, settings, stack, trace) for one in wanted]
+        exports = [open_export(one, settings, stack, trace) for one in wanted]
         listeners = _listen(settings, stack)
         server = Server(
             exports,
@@ -142,9 +149,9 @@ def serve(
             trace=trace,
             log=log,
         )
-        _catch_signals(server, handlers)
+        catch_signals(server, handlers)
         if settings.pid_file:
-            _write_pid(settings.pid_file, stack)
+            write_pid(settings.pid_file, stack)
         for listener in listeners:
             for export in exports:
                 announce(sockets.uri_of(listener, export.name, tls=tls is not None))
@@ -156,7 +163,9 @@ def serve(
             media.stop()
 
 
-def _open(one: Wanted, settings: Settings, stack: contextlib.ExitStack, trace: Trace | None) -> ServedExport:
+def open_export(
+    one: Wanted, settings: Settings, stack: contextlib.ExitStack, trace: Trace | None
+) -> ServedExport:
     door: Door = drive(
         open_door(
             one.reference,
@@ -204,19 +213,19 @@ def _listen(settings: Settings, stack: contextlib.ExitStack) -> list[socket.sock
             stack.callback(os.rmdir, directory)
             path = os.path.join(directory, "nbd")
         listeners.append(sockets.listen_unix(path))
-        stack.callback(_remove, path)
+        stack.callback(remove_file, path)
         stack.callback(listeners[-1].close)
     return listeners
 
 
-def _remove(path: str) -> None:
+def remove_file(path: str) -> None:
     try:
         os.unlink(path)
     except FileNotFoundError:
         pass
 
 
-def _write_pid(path: str, stack: contextlib.ExitStack) -> None:
+def write_pid(path: str, stack: contextlib.ExitStack) -> None:
     """Only a server that can be reached has a pid file; it appears whole."""
     partial = f"{path}.{os.getpid()}"
     try:
@@ -224,12 +233,12 @@ def _write_pid(path: str, stack: contextlib.ExitStack) -> None:
             file.write(f"{os.getpid()}\n")
         os.rename(partial, path)
     except OSError as error:
-        _remove(partial)
+        remove_file(partial)
         raise from_oserror(error, "write the pid file", path) from error
-    stack.callback(_remove, path)
+    stack.callback(remove_file, path)
 
 
-def _keep_signal_handlers(stack: contextlib.ExitStack) -> dict[int, Any]:
+def keep_signal_handlers(stack: contextlib.ExitStack) -> dict[int, Any]:
     """The signal handlers that are put back at the very end, after everything else on the stack."""
     before: dict[int, Any] = {}
 
@@ -241,7 +250,7 @@ def _keep_signal_handlers(stack: contextlib.ExitStack) -> dict[int, Any]:
     return before
 
 
-def _catch_signals(server: Server, before: dict[int, Any]) -> None:
+def catch_signals(server: Stoppable, before: dict[int, Any]) -> None:
     if threading.current_thread() is not threading.main_thread():
         return
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
