@@ -15,7 +15,7 @@ import enban
 from enban.block.door import Door
 from enban.block.runtime import BLOCKING, drive
 from enban.errors import HostError, UsageError
-from enban.exports.nbd import ServedExport, sockets, transmission
+from enban.exports.nbd import ServedExport, incoming, sockets
 from enban.filters.delay import Delay
 from enban.filters.faults import Call, Fault, Faults
 from enban.formats.raw import RawNode
@@ -694,5 +694,5 @@ def test_tcp_listens_on_loopback_unless_told_otherwise(tmp_path: Path) -> None:
 
 
 def test_spinning_needs_a_processor_to_spare() -> None:
-    spinners = transmission.Spinners()
-    assert 0 <= spinners.most < (os.cpu_count() or 1)
+    threads = incoming.Threads()
+    assert 0 <= threads.most < (os.cpu_count() or 1)

@@ -23,8 +23,8 @@ from ..block.disk import Disk
 from ..errors import EnbanError, NoMediumError, UsageError
 from ..exports.nbd import sockets
 from ..exports.nbd.export import ServedExport
+from ..exports.nbd.incoming import SPIN_US
 from ..exports.nbd.server import Server
-from ..exports.nbd.transmission import SPIN_US
 from ..exports.vhost import SPIN_US as VHOST_SPIN_US
 from ..exports.vhost import Server as VhostServer
 from ..storage.cdrom import find_drive

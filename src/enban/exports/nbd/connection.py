@@ -73,7 +73,7 @@ class Connection:
             self.export,
             handshake.leftover(),
             spin_us=server.spin_us,
-            spinners=server.spinners,
+            threads=server.threads,
             log=lambda text: server.log(f"{self.peer}: {text}"),
             trace=server.trace,
         )

@@ -17,7 +17,7 @@ import threading
 from time import monotonic
 
 from .connection import Connection
-from .transmission import SPIN_US, Spinners
+from .incoming import SPIN_US, Threads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Server:
         self.idle_s = idle_s
         self.grace_s = grace_s
         self.spin_us = spin_us
-        self.spinners = Spinners()
+        self.threads = Threads()
         self.trace = trace
         self.log = log
         self.stopping = False

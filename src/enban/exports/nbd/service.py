@@ -20,10 +20,10 @@ from ...errors import UsageError, from_oserror
 from ...wire.nbd.constants import DEFAULT_PORT, MAX_STRING
 from . import sockets
 from .export import ServedExport
+from .incoming import SPIN_US
 from .media import MediaWatch
 from .server import GRACE_S, HANDSHAKE_S, Server
 from .trace import Trace
-from .transmission import SPIN_US
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Settings:
     shared: clients at once, 0 for any number. tls_dir: certificates (see storage.tls); "" is plain.
     tls_verify: turn away clients without a certificate of our CA. passphrase: of encrypted images.
     snapshot: writes go to temporary overlays, in files without a name in snapshot_dir, and vanish.
-    idle_s: end after so long without a client, 0 never. spin_us: see `transmission`.
+    idle_s: end after so long without a client, 0 never. spin_us: see `incoming`.
     """
 
     def __init__(self) -> None:

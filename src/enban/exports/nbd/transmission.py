@@ -21,7 +21,6 @@ A reply is sent for every request that was parsed, in any order, unless the clie
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import socket
 from time import perf_counter_ns
@@ -52,6 +51,7 @@ from ...wire.nbd.constants import (
 )
 from ...wire.nbd.errors import message_bytes, number_for
 from ...wire.nbd.messages import MAX_ERROR_REPLY, parse_status_payload
+from .incoming import BUFFER, Incoming, new_buffer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -61,29 +61,19 @@ if TYPE_CHECKING:
     from ...wire.nbd import Session
     from ...wire.nbd.messages import ParsedRequest
     from .export import ServedExport
+    from .incoming import Threads
     from .trace import Trace
 
-# Both buffers hold the largest request most clients make (2 MiB) with what goes around it. Memory
-# that is never used is never touched; a larger request gets a larger buffer for its time.
-BUFFER = (2 << 20) + (256 << 10)
 # Replies are sent when this much has collected, so that the client reads while we go on.
 SEND_AT = 256 << 10
-# Before a blocking wait the loop asks again and again for `spin_us`, if waits have been short.
-SPIN_US = 50
-_SHORT_WAIT = 4  # a blocking wait of up to so many times the spin makes spinning worth a try
 _REPLY_ROOM = 64 + MAX_ERROR_REPLY  # what a reply needs besides its data, and an error reply at all
-_MOST_MISSES = 8  # spins in vain in a row, then no more until a wait was short
+# A batch of at least so many reads, none of which should be longer, is answered while no other thread is
+# answering one: see `Threads`.
+_MANY, _SMALL = 4, 16 << 10
 
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
-_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
-_WAITALL = getattr(socket, "MSG_WAITALL", 0)
 _MORE = getattr(socket, "MSG_MORE", 0)
 _MUCH = 32 << 10
-
-
-def _new_buffer(size: int) -> memoryview:
-    """Memory of its own pages: only what is used of it takes room, and all of it goes back at the end."""
-    return memoryview(mmap.mmap(-1, size))
 
 
 def _is_cached(fd: int, place: int) -> bool:
@@ -91,18 +81,6 @@ def _is_cached(fd: int, place: int) -> bool:
         return os.preadv(fd, (bytearray(1),), place, _NOWAIT) == 1
     except OSError:
         return False
-
-
-class Spinners:
-    """Which threads of a server are spinning, and which are busy answering. One processor is always
-    left to others, and nobody spins while another thread could use the time."""
-
-    __slots__ = ("busy", "most", "spinning")
-
-    def __init__(self) -> None:
-        self.spinning: set[Transmission] = set()
-        self.busy: set[Transmission] = set()
-        self.most = max(0, (os.cpu_count() or 1) - 1)
 
 
 class Transmission:
@@ -121,7 +99,7 @@ class Transmission:
         leftover: bytes,
         *,
         spin_us: int,
-        spinners: Spinners,
+        threads: Threads,
         log: Callable[[str], None],
         trace: Trace | None = None,
     ) -> None:
@@ -132,18 +110,18 @@ class Transmission:
         self._codec = session.codec
         self._log = log
         self._trace = trace
-        self._spin_ns = spin_us * 1000 if _DONTWAIT and not session.tls else 0
-        self._spinners = spinners
-        self._spinning = True
-        self._misses = 0
-        self._in = _new_buffer(max(BUFFER, len(leftover)))
-        self._in[: len(leftover)] = leftover
-        self._start, self._end = 0, len(leftover)  # what is in _in and not answered yet
-        self._out = _new_buffer(BUFFER)
+        self._threads = threads
+        self._incoming = Incoming(sock, session, leftover, spin_us, threads)
+        self._out = new_buffer(BUFFER)
         self._pos = 0  # end of the replies in _out
         self._nowait = _NOWAIT if host.HAVE_PREADV else 0
         self._by_page = bool(self._nowait and export.stable and not session.tls and hasattr(os, "sendfile"))
         self._pages = -1  # a descriptor of our own for what is sent outside the ledger
+        self._mask = (session.export.min_block or 1) - 1
+        # A read of up to this length, for which nothing else is to be thought of, may be answered at once.
+        most = min(session.max_payload, session.export.max_block or session.max_payload, _MUCH - 1)
+        self._most_alone = most if trace is None and host.HAVE_PREADV else 0
+        self._has_turn = False
         self._entry: Request | None = None
         self._hot = 0  # answered by short cuts since _entry was made
         self._leaving = False
@@ -155,95 +133,83 @@ class Transmission:
 
     def release(self) -> None:
         """Give the buffers back at once, not when the garbage collector comes by."""
-        self._in = self._out = memoryview(b"")
+        self._incoming.buffer = self._out = memoryview(b"")
         if self._pages >= 0:
             os.close(self._pages)
             self._pages = -1
-
-    # -- receiving -------------------------------------------------------------------------
 
     def run(self) -> None:
         """Answer until the client takes leave or hangs up. Raises OSError, ProtocolError."""
         parse, most = self._codec.parse_requests, self._session.max_payload
         need = self._codec.request_size
+        incoming = self._incoming
         while not self._leaving:
-            if self._end - self._start >= need:
-                found, self._start, need = parse(self._in, self._start, self._end, most)
-                if found:
+            if incoming.end - incoming.start >= need:
+                found, incoming.start, need = parse(incoming.buffer, incoming.start, incoming.end, most)
+                if found and (len(found) > 1 or not self._answer_alone(found)):
                     self._answer(found)
-                continue
-            self._make_room(need)
-            n = self._receive(need - (self._end - self._start))
-            if not n:
+            elif not incoming.receive(need):
                 return
-            self._end += n
-
-    def _make_room(self, need: int) -> None:
-        """Have room for `need` bytes in one piece from `_start` on, and always a good deal of it."""
-        rest = self._end - self._start
-        if not rest:
-            self._start = self._end = 0
-        size = max(BUFFER, need)
-        if len(self._in) != size and (need > len(self._in) or not rest):
-            grown = _new_buffer(size)
-        elif len(self._in) - self._start < max(need, SEND_AT):
-            grown = self._in
-        else:
-            return
-        grown[:rest] = bytes(self._in[self._start : self._end])
-        self._in, self._start, self._end = grown, 0, rest
-
-    def _receive(self, missing: int) -> int:
-        """Receive something. missing: bytes without which nothing can be done."""
-        view = self._in[self._end :]
-        receive = self._sock.recv_into
-        if missing >= _MUCH and not self._session.tls:
-            return receive(view[:missing], 0, _WAITALL)  # the rest of a large write, in one call
-        if not self._spin_ns:
-            return receive(view)
-        try:
-            return receive(view, 0, _DONTWAIT)
-        except BlockingIOError:
-            pass
-        spinners = self._spinners
-        if self._spinning and not spinners.busy and len(spinners.spinning) < spinners.most:
-            spinners.spinning.add(self)
-            try:
-                until = perf_counter_ns() + self._spin_ns
-                while not spinners.busy and perf_counter_ns() < until:
-                    try:
-                        n = receive(view, 0, _DONTWAIT)
-                    except BlockingIOError:
-                        continue
-                    self._misses = 0
-                    return n
-            finally:
-                spinners.spinning.discard(self)
-            self._misses += 1
-            self._spinning = self._misses < _MOST_MISSES
-        before = perf_counter_ns()
-        n = receive(view)
-        if perf_counter_ns() - before < _SHORT_WAIT * self._spin_ns:
-            self._spinning, self._misses = True, 0
-        return n
 
     # -- a batch ---------------------------------------------------------------------------
+
+    def _answer_alone(self, batch: list[ParsedRequest]) -> bool:
+        """Answer a batch of one request, if it is a plain read by the short cut, without what only others
+        need. A client that has one request out at a time feels each microsecond."""
+        flags, kind, cookie, offset, length, _ = batch[0]
+        door, export = self._door, self._export
+        if (
+            kind != CMD_READ
+            or flags
+            or not 0 < length <= self._most_alone
+            or offset + length > export.size
+            or (offset | length) & self._mask
+        ):
+            return False
+        self.since_ns = perf_counter_ns()
+        self.batch = batch
+        busy, ledger = self._threads.busy, door.ledger
+        busy.add(self)
+        entry = ledger.begin_batch()
+        node, out = door.node, self._out
+        done = 0
+        try:
+            place = node.locate(export.base + offset, length)
+            fd = node.data.plain_fd()
+            if place >= 0 and fd >= 0 and not door.closed:
+                body = self._codec.pack_read_header_into(out, 0, cookie, offset, length)
+                done = os.preadv(fd, (out[body : body + length],), place) == length
+        except OSError:
+            pass  # the door will meet it again, and translate it
+        finally:
+            ledger.end_batch(entry, done)
+            busy.discard(self)
+        if not done:
+            return False
+        self.answered += 1
+        self.sending = True
+        self._sock.sendall(out[: body + length])
+        self.sending = False
+        self.batch = []
+        return True
 
     def _answer(self, batch: list[ParsedRequest]) -> None:
         self.since_ns = perf_counter_ns()
         self.batch = batch
-        self._spinners.busy.add(self)
+        self._threads.busy.add(self)
         self._enter()
         try:
             if self._trace is not None:
                 self._run_traced(batch, self._trace)
             else:
                 late = self._run(batch, self._nowait if len(batch) > 1 else 0)
+                self._end_turn()
                 if late:
                     self._run(late, 0)
         finally:
+            self._end_turn()
             self._leave()
-            self._spinners.busy.discard(self)
+            self._threads.busy.discard(self)
         self._send()
         self.batch = []
 
@@ -297,7 +263,7 @@ class Transmission:
         if self._pos + size > len(self._out):
             self._send_early()
             if max(size, BUFFER) != len(self._out):
-                self._out = _new_buffer(max(size, BUFFER))
+                self._out = new_buffer(max(size, BUFFER))
 
     def _run(self, batch: list[ParsedRequest], nowait: int) -> list[ParsedRequest]:
         """Answer requests, hot ones by short cuts. With `nowait`, returns the reads that would
@@ -306,7 +272,7 @@ class Transmission:
         node = door.node
         data = node.data
         fd = data.plain_fd() if host.HAVE_PREADV and not door.closed else -1
-        base, size, mask = export.base, export.size, (session.export.min_block or 1) - 1
+        base, size, mask = export.base, export.size, self._mask
         # By the session's rules such a read or write is fine; any other gets a second look.
         most = min(session.max_payload, session.export.max_block or session.max_payload) if fd >= 0 else 0
         plain = (0, CMD_FLAG_PAYLOAD_LEN if session.style == EXTENDED else 0)
@@ -316,10 +282,16 @@ class Transmission:
         preadv, pwrite, write_now = os.preadv, os.pwrite, mover.write_now
         by_page = _MUCH if self._by_page else session.max_payload + 1
         late: list[ParsedRequest] = []
-        source, out, pos = self._in, self._out, self._pos
+        source, out, pos = self._incoming.buffer, self._out, self._pos
         hot = 0
+        turn = nowait and len(batch) >= _MANY and batch[0][1] == CMD_READ and batch[0][4] <= _SMALL
+        if turn:
+            self._threads.turn.acquire()
+            self._has_turn = True
         for request in batch:
             flags, kind, cookie, offset, length, payload = request
+            if turn and (kind != CMD_READ or length > _SMALL or pos > SEND_AT):
+                turn = self._end_turn()
             if (
                 kind <= CMD_WRITE
                 and flags == plain[kind]
@@ -379,6 +351,8 @@ class Transmission:
                         pos = pack_done(out, pos, cookie, offset)
                         hot += 1
                         continue
+            if turn:
+                turn = self._end_turn()
             self._pos = pos
             self._serve(request)
             if self._leaving:
@@ -387,6 +361,13 @@ class Transmission:
         self._pos = pos
         self._hot += hot
         return late
+
+    def _end_turn(self) -> bool:
+        """What follows may take its time, so let others go on. False, as nobody has to be told again."""
+        if self._has_turn:
+            self._has_turn = False
+            self._threads.turn.release()
+        return False
 
     def _run_traced(self, batch: list[ParsedRequest], trace: Trace) -> None:
         """As `_run`, by the long way: every request through the door, and on record."""
@@ -429,7 +410,7 @@ class Transmission:
         chosen = tuple(self._session.contexts)
         if not flags & CMD_FLAG_PAYLOAD_LEN or self._session.style != EXTENDED:
             return length, chosen, 0
-        selection = parse_status_payload(self._in, payload, length)
+        selection = parse_status_payload(self._incoming.buffer, payload, length)
         if selection is None:
             return length, (), EINVAL
         effect, wanted = selection
@@ -471,7 +452,8 @@ class Transmission:
             if contexts:
                 return
         elif kind == CMD_WRITE:
-            drive(door.write(self._in[payload : payload + length], place, fua=bool(flags & CMD_FLAG_FUA)))
+            data = self._incoming.buffer[payload : payload + length]
+            drive(door.write(data, place, fua=bool(flags & CMD_FLAG_FUA)))
         elif kind == CMD_CACHE:
             self._export.prefetch(place, length)
         else:

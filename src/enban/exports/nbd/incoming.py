@@ -1,0 +1,121 @@
+"""What comes in on one connection: a buffer that is used again, and how more of it is waited for.
+
+A wait that follows a short one asks the kernel again and again for up to `spin_us` before it sleeps: being
+woken takes longer than many a request. One processor is always left to others, and nobody spins while another
+thread could use the time.
+"""
+
+from __future__ import annotations
+
+import _thread
+import mmap
+import os
+import select
+import socket
+from time import perf_counter_ns
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ...wire.nbd import Session
+
+# Holds the largest request most clients make (2 MiB) with what goes around it. Memory that is never used is
+# never touched; a larger request gets a larger buffer for its time.
+BUFFER = (2 << 20) + (256 << 10)
+SPIN_US = 50
+_SHORT_WAIT = 4  # a blocking wait of up to so many times the spin makes spinning worth a try
+_MOST_MISSES = 8  # spins in vain in a row, then no more until a wait was short
+_ROOM = 256 << 10  # what there always is for the next receive
+_MUCH = 32 << 10
+_WAITALL = getattr(socket, "MSG_WAITALL", 0)
+
+
+def new_buffer(size: int) -> memoryview:
+    """Memory of its own pages: only what is used of it takes room, and all of it goes back at the end."""
+    return memoryview(mmap.mmap(-1, size))
+
+
+class Threads:
+    """What the threads of one server know of each other.
+
+    spinning, busy: which spin, and which are answering. turn: held while many small reads are answered from
+    the page cache; threads that did so at the same time would wake each other for Python's lock at each read.
+    """
+
+    __slots__ = ("busy", "most", "spinning", "turn")
+
+    def __init__(self) -> None:
+        self.spinning: set[object] = set()
+        self.busy: set[object] = set()
+        self.most = max(0, (os.cpu_count() or 1) - 1)
+        self.turn = _thread.allocate_lock()
+
+
+class Incoming:
+    """buffer[start:end] is what was received and not taken yet."""
+
+    def __init__(
+        self, sock: socket.socket, session: Session, leftover: bytes, spin_us: int, threads: Threads
+    ) -> None:
+        self._sock = sock
+        self._tls = session.tls
+        self._threads = threads
+        self._spin_ns = spin_us * 1000 if hasattr(select, "poll") and not session.tls else 0
+        self._spinning = True
+        self._misses = 0
+        if self._spin_ns:
+            poller = select.poll()
+            poller.register(sock.fileno(), select.POLLIN)
+            self._poll = poller.poll
+        self.buffer = new_buffer(max(BUFFER, len(leftover)))
+        self.buffer[: len(leftover)] = leftover
+        self.start, self.end = 0, len(leftover)
+
+    def receive(self, need: int) -> int:
+        """Receive something more, with room for `need` bytes in one piece from `start` on; 0 if there will
+        be no more. Nothing can be done before `need` bytes are there. Raises OSError."""
+        self._make_room(need)
+        view = self.buffer[self.end :]
+        missing = need - (self.end - self.start)
+        if missing >= _MUCH and not self._tls:
+            n = self._sock.recv_into(view[:missing], 0, _WAITALL)  # the rest of a large write, in one call
+        elif self._spin_ns:
+            n = self._spin(view)
+        else:
+            n = self._sock.recv_into(view)
+        self.end += n
+        return n
+
+    def _make_room(self, need: int) -> None:
+        rest = self.end - self.start
+        if not rest:
+            self.start = self.end = 0
+        size = max(BUFFER, need)
+        if len(self.buffer) != size and (need > len(self.buffer) or not rest):
+            grown = new_buffer(size)
+        elif len(self.buffer) - self.start < max(need, _ROOM):
+            grown = self.buffer
+        else:
+            return
+        grown[:rest] = bytes(self.buffer[self.start : self.end])
+        self.buffer, self.start, self.end = grown, 0, rest
+
+    def _spin(self, view: memoryview) -> int:
+        threads = self._threads
+        if self._spinning and not threads.busy and len(threads.spinning) < threads.most:
+            threads.spinning.add(self)
+            poll, busy = self._poll, threads.busy
+            until = perf_counter_ns() + self._spin_ns
+            try:
+                while not busy and perf_counter_ns() < until:
+                    if poll(0):
+                        self._misses = 0
+                        return self._sock.recv_into(view)
+            finally:
+                threads.spinning.discard(self)
+            self._misses += 1
+            self._spinning = self._misses < _MOST_MISSES
+        before = perf_counter_ns()
+        n = self._sock.recv_into(view)
+        if perf_counter_ns() - before < _SHORT_WAIT * self._spin_ns:
+            self._spinning, self._misses = True, 0
+        return n
