@@ -22,8 +22,12 @@ ZEROES = 2  # it reads as zeros
 SKIP = 3  # the target's backing file has it
 
 
+# How far an extent is followed at once; what is known of it then answers the questions after the first.
+_AHEAD = 64 << 20
+
+
 class Sources:
-    """One or more disks read as if they stood one after the other."""
+    """One or more disks read as if they stood one after the other. They do not change meanwhile."""
 
     def __init__(self, disks: list[Disk], *, top_only: bool, dense: bool = False) -> None:
         self.disks = disks
@@ -31,6 +35,7 @@ class Sources:
         self.dense = dense  # zeros are copied like any other data
         self.starts: list[int] = []
         self.holes: dict[Node, bool] = {}
+        self._known = (0, 0, READ)  # the newest answer: start, end, kind
         self.size = 0
         for disk in disks:
             self.size = align_up(self.size, 512)  # each begins at a sector, as in qemu-img
@@ -45,11 +50,21 @@ class Sources:
 
     def extent(self, offset: int, length: int) -> tuple[int, int]:
         """(bytes from `offset` that are of one kind, READ, ZEROES or SKIP)."""
+        first, last, kind = self._known
+        # Of data it is enough to know some; what needs no reading is told as far as it was asked for.
+        if not first <= offset < last or (kind != READ and offset + length > last):
+            found, kind = self._find_extent(offset, length)
+            last = offset + found
+            self._known = offset, last, kind
+        return min(length, last - offset), kind
+
+    def _find_extent(self, offset: int, length: int) -> tuple[int, int]:
+        """As `extent`, but possibly longer."""
         disk, start = self.find(offset)
         inside = offset - start
         if inside >= disk.size:  # rounding behind a source
             return min([length, *(later - offset for later in self.starts if later > offset)]), ZEROES
-        extent = self.where(disk, inside, min(length, disk.size - inside))
+        extent = self.where(disk, inside, min(max(length, _AHEAD), disk.size - inside))
         if self.top_only and extent.depth:
             return extent.length, SKIP
         if self.dense:

@@ -6,6 +6,8 @@ planned here; `link_entries` is what `publish` does; `undo` is what `abandon` do
 
 from __future__ import annotations
 
+from array import array
+
 from ...block.node import Piece
 from ...wire.qcow2_entries import ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, SUBCLUSTERS
 from ..common.tables import L2Table
@@ -211,6 +213,16 @@ async def new_packed(node: Qcow2Node, length: int) -> HostOffset:
 def link_entries(node: Qcow2Node, link: Link) -> None:
     entries = node.cache.tables[link.index].entries
     numbers = node.numbers
+    if numbers == 1 and not link.packed and link.masks is None:
+        last = link.first + link.count
+        old_entries = entries[link.first : last]
+        start, step = link.host | COPIED, 1 << node.cluster_bits
+        entries[link.first : last] = array("Q", range(start, start + link.count * step, step))
+        if link.owned:
+            for old in filter(None, old_entries):
+                node.unlink_entry(old)
+        node.cache.touch(link.index, link.first, link.count)
+        return
     for position in range(link.count):
         i = (link.first + position) * numbers
         old = entries[i]
