@@ -342,7 +342,7 @@ def test_killed_backups_lose_no_change(tmp_path: Path) -> None:
             words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            process.wait(0.06 + 0.03 * number)
+            process.wait(0.005 * 1.5**number)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait(30)
