@@ -3,7 +3,8 @@
 The guest range is cut into pieces of a few MiB. Several threads each take the next piece,
 read it, and find what in it is not zero. Space in the target is handed out in the order of
 the pieces (unless `out_of_order`), so the same input gives the same image every time (but for
-compressed clusters: isal's packing may vary by a byte); the bytes themselves move in parallel.
+compressed clusters: isal's packing may vary by a byte). Of a file in the page cache one thread at a
+time writes while the others read on; elsewhere the bytes move in parallel.
 
 Memory: a few buffers of one piece a thread, whatever the size of the images.
 """
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from .progress import Report
     from .sources import Sources
 
+    Plan = tuple[PlannedWrite, Request]
+
 PIECE = 2 << 20
 
 
@@ -53,12 +56,14 @@ class ConvertResult:
 _NOTHING = memoryview(b"")
 # Packed pieces that may wait for an earlier one: random data is packed 20 times as fast as text.
 _MOST_PACKED = 8
+# Pieces that were read and may wait for the one thread that writes.
+_MOST_READ = 2
 
 
 class _Piece:
-    """buffer, units: what was read and packed, while that waits to be stored."""
+    """buffer, and units or writes: what was read, and packed or found to be data, until it is stored."""
 
-    __slots__ = ("buffer", "length", "number", "start", "units", "zero")
+    __slots__ = ("buffer", "length", "number", "start", "units", "writes", "zero")
 
     def __init__(self, number: int, start: int, length: int, zero: bool) -> None:
         self.number = number
@@ -67,6 +72,7 @@ class _Piece:
         self.zero = zero  # all of it reads as zeros
         self.buffer = _NOTHING
         self.units: list[Unit] = []
+        self.writes: list[tuple[int, int]] = []  # offsets into `buffer`
 
 
 class Copier:
@@ -108,7 +114,12 @@ class Copier:
         self._number = 0
         self._next_turn = 0
         self._running: dict[int, int] = {}  # piece number -> start
-        self._packed = InOrder(self._store_packed, _MOST_PACKED)
+        # Threads that write one file of the page cache at the same time take turns in the kernel, and spin
+        # while they wait: so one writes, and the others read on. Other targets take several writes at a time.
+        self._one_writer = not (compress or offload or out_of_order) and target.node.data.plain_fd() >= 0
+        self._ready = InOrder(
+            self._store_packed if compress else self._store_plain, _MOST_PACKED if compress else _MOST_READ
+        )
         self._spare: list[memoryview] = []
         self._advice = Advice()
         self.stopped: BaseException | None = None
@@ -155,7 +166,7 @@ class Copier:
             if self.stopped is None:
                 self.stopped = error
             self._guard.notify_all()
-        self._packed.stop()
+        self._ready.stop()
 
     def _wait_turn(self, piece: _Piece) -> None:
         """Wait until every earlier piece has its space. Raises Stopped if the job is over."""
@@ -185,6 +196,10 @@ class Copier:
                 piece.buffer = buffer
                 if self._packer is not None:
                     self._pack(piece)
+                elif self._one_writer:
+                    if not piece.zero:
+                        piece.writes = self._read_data(piece, buffer[: piece.length])
+                    self._ready.bring(piece.number, piece)
                 else:
                     self._copy(piece, buffer)
                     self._finish(piece)
@@ -229,42 +244,67 @@ class Copier:
             self.result.bytes_read += last - first
         return parts
 
-    def _copy_plain(self, piece: _Piece, view: memoryview) -> None:
+    def _read_data(self, piece: _Piece, view: memoryview) -> list[tuple[int, int]]:
+        """Read a piece; the parts of it that are to be written, as offsets into `view`."""
         parts = self._read(piece, view)
+        if not self.grain:
+            return parts
         writes: list[tuple[int, int]] = []
         for first, last in parts:
-            if not self.grain:
-                writes.append((first, last))
-            else:
-                lead = -(piece.start + first) % self.grain  # zeros count only in aligned units
-                if lead and first + lead < last:
-                    writes.extend(
-                        (first + a, first + b) for a, b in find_data(view[first : first + lead], lead)
-                    )
-                    first += lead
-                writes.extend((first + a, first + b) for a, b in find_data(view[first:last], self.grain))
-        door = self.target.door
+            lead = -(piece.start + first) % self.grain  # zeros count only in aligned units
+            if lead and first + lead < last:
+                writes.extend((first + a, first + b) for a, b in find_data(view[first : first + lead], lead))
+                first += lead
+            writes.extend((first + a, first + b) for a, b in find_data(view[first:last], self.grain))
+        return writes
+
+    def _copy_plain(self, piece: _Piece, view: memoryview) -> None:
+        writes = self._read_data(piece, view)
         self._wait_turn(piece)
-        plans: list[tuple[PlannedWrite, Request]] = []
+        plans: list[Plan] = []
         try:
             self._zero_between(piece, writes)
-            unit, planned_to = self.target.node.unit, -1
-            for first, last in _joined(writes):
-                if piece.start + first < planned_to:  # in a unit that the plan before holds
-                    drive(door.run_plan(plans.pop()))
-                plan = drive(door.plan_write(view[first:last], piece.start + first))
-                plans.append(plan)
-                planned_to = align_up(piece.start + last, unit)
-                for part in plan[0].pieces:
-                    self._advice.will_write(part.storage, part.host, part.length)
+            self._plan(piece, view, writes, plans)
         finally:
             self._end_turn(piece)
-            for plan in plans:
-                drive(door.run_plan(plan))
+            self._carry_out(plans)
+        self.result.bytes_written += sum(last - first for first, last in writes)
+
+    def _store_plain(self, piece: _Piece) -> None:
+        """Write a piece that was read; those before it are written."""
+        if piece.zero:
+            self._zero(piece.start, piece.length)
+        else:
+            self._zero_between(piece, piece.writes)
+            plans: list[Plan] = []
+            try:
+                self._plan(piece, piece.buffer[: piece.length], piece.writes, plans)
+            finally:
+                self._carry_out(plans)
+            self.result.bytes_written += sum(last - first for first, last in piece.writes)
+        self._finish(piece)
+
+    def _plan(
+        self, piece: _Piece, view: memoryview, writes: list[tuple[int, int]], plans: list[Plan]
+    ) -> None:
+        """Find room in the target for parts of a piece; what is in `plans` has to be carried out."""
+        door = self.target.door
+        unit, planned_to = self.target.node.unit, -1
+        for first, last in _joined(writes):
+            if piece.start + first < planned_to:  # in a unit that the plan before holds
+                drive(door.run_plan(plans.pop()))
+            plan = drive(door.plan_write(view[first:last], piece.start + first))
+            plans.append(plan)
+            planned_to = align_up(piece.start + last, unit)
+            for part in plan[0].pieces:
+                self._advice.will_write(part.storage, part.host, part.length)
+
+    def _carry_out(self, plans: list[Plan]) -> None:
+        for plan in plans:
+            drive(self.target.door.run_plan(plan))
         for plan in plans:
             for part in plan[0].pieces:
                 self._advice.has_written(part.storage, part.host, part.length)
-        self.result.bytes_written += sum(last - first for first, last in writes)
 
     def _zero_between(self, piece: _Piece, writes: list[tuple[int, int]]) -> None:
         if self.reads_zero:
@@ -295,7 +335,7 @@ class Copier:
         if self.out_of_order:
             self._store_packed(piece)
         else:
-            self._packed.bring(piece.number, piece)
+            self._ready.bring(piece.number, piece)
 
     def _store_packed(self, piece: _Piece) -> None:
         door, file, start = self.target.door, self.target.node.file, piece.start
