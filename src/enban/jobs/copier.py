@@ -3,8 +3,7 @@
 The guest range is cut into pieces of a few MiB. Several threads each take the next piece,
 read it, and find what in it is not zero. Space in the target is handed out in the order of
 the pieces (unless `out_of_order`), so the same input gives the same image every time (but for
-compressed clusters: isal's packing may vary by a byte). Of a file in the page cache one thread at a
-time writes while the others read on; elsewhere the bytes move in parallel.
+compressed clusters: isal's packing may vary by a byte); the bytes themselves move in parallel.
 
 Memory: a few buffers of one piece a thread, whatever the size of the images.
 """
@@ -115,8 +114,13 @@ class Copier:
         self._next_turn = 0
         self._running: dict[int, int] = {}  # piece number -> start
         # Threads that write one file of the page cache at the same time take turns in the kernel, and spin
-        # while they wait: so one writes, and the others read on. Other targets take several writes at a time.
-        self._one_writer = not (compress or offload or out_of_order) and target.node.data.plain_fd() >= 0
+        # while they wait. Where that time is needed to unpack, one writes, and the others read on. For data
+        # that is only copied, and on other targets, several writes at a time are quicker.
+        self._one_writer = (
+            not (compress or offload or out_of_order)
+            and target.node.data.plain_fd() >= 0
+            and sources.look_packed()
+        )
         self._ready = InOrder(
             self._store_packed if compress else self._store_plain, _MOST_PACKED if compress else _MOST_READ
         )
