@@ -7,7 +7,6 @@ thread could use the time.
 
 from __future__ import annotations
 
-import _thread
 import mmap
 import os
 import select
@@ -35,19 +34,14 @@ def new_buffer(size: int) -> memoryview:
 
 
 class Threads:
-    """What the threads of one server know of each other.
+    """What the threads of one server know of each other: which spin, and which are answering."""
 
-    spinning, busy: which spin, and which are answering. turn: held while many small reads are answered from
-    the page cache; threads that did so at the same time would wake each other for Python's lock at each read.
-    """
-
-    __slots__ = ("busy", "most", "spinning", "turn")
+    __slots__ = ("busy", "most", "spinning")
 
     def __init__(self) -> None:
         self.spinning: set[object] = set()
         self.busy: set[object] = set()
         self.most = max(0, (os.cpu_count() or 1) - 1)
-        self.turn = _thread.allocate_lock()
 
 
 class Incoming:

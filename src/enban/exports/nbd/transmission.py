@@ -67,9 +67,6 @@ if TYPE_CHECKING:
 # Replies are sent when this much has collected, so that the client reads while we go on.
 SEND_AT = 256 << 10
 _REPLY_ROOM = 64 + MAX_ERROR_REPLY  # what a reply needs besides its data, and an error reply at all
-# A batch of at least so many reads, none of which should be longer, is answered while no other thread is
-# answering one: see `Threads`.
-_MANY, _SMALL = 4, 16 << 10
 
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 _MORE = getattr(socket, "MSG_MORE", 0)
@@ -121,7 +118,6 @@ class Transmission:
         # A read of up to this length, for which nothing else is to be thought of, may be answered at once.
         most = min(session.max_payload, session.export.max_block or session.max_payload, _MUCH - 1)
         self._most_alone = most if trace is None and host.HAVE_PREADV else 0
-        self._has_turn = False
         self._entry: Request | None = None
         self._hot = 0  # answered by short cuts since _entry was made
         self._leaving = False
@@ -203,11 +199,9 @@ class Transmission:
                 self._run_traced(batch, self._trace)
             else:
                 late = self._run(batch, self._nowait if len(batch) > 1 else 0)
-                self._end_turn()
                 if late:
                     self._run(late, 0)
         finally:
-            self._end_turn()
             self._leave()
             self._threads.busy.discard(self)
         self._send()
@@ -284,14 +278,8 @@ class Transmission:
         late: list[ParsedRequest] = []
         source, out, pos = self._incoming.buffer, self._out, self._pos
         hot = 0
-        turn = nowait and len(batch) >= _MANY and batch[0][1] == CMD_READ and batch[0][4] <= _SMALL
-        if turn:
-            self._threads.turn.acquire()
-            self._has_turn = True
         for request in batch:
             flags, kind, cookie, offset, length, payload = request
-            if turn and (kind != CMD_READ or length > _SMALL or pos > SEND_AT):
-                turn = self._end_turn()
             if (
                 kind <= CMD_WRITE
                 and flags == plain[kind]
@@ -351,8 +339,6 @@ class Transmission:
                         pos = pack_done(out, pos, cookie, offset)
                         hot += 1
                         continue
-            if turn:
-                turn = self._end_turn()
             self._pos = pos
             self._serve(request)
             if self._leaving:
@@ -361,13 +347,6 @@ class Transmission:
         self._pos = pos
         self._hot += hot
         return late
-
-    def _end_turn(self) -> bool:
-        """What follows may take its time, so let others go on. False, as nobody has to be told again."""
-        if self._has_turn:
-            self._has_turn = False
-            self._threads.turn.release()
-        return False
 
     def _run_traced(self, batch: list[ParsedRequest], trace: Trace) -> None:
         """As `_run`, by the long way: every request through the door, and on record."""
