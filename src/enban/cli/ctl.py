@@ -152,7 +152,7 @@ _PRINTERS: dict[str, Callable[[Any], None]] = {
     "disk backup": lambda found: print(f"{common.human_size(found['copied'])} copied"),
     "disk pull": lambda found: print(f"{common.human_size(found)} copied"),
     "console": lambda found: print(found.replace("\r\n", "\n"), end=""),
-    "expect": lambda found: print(found.replace("\r\n", "\n")),
+    "expect": lambda found: print(found.replace("\r\n", "\n").rstrip("\r\n")),
     "commit": lambda found: print(f"{common.human_size(found)} written into the images"),
 }
 
