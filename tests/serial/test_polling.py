@@ -8,7 +8,7 @@ from time import monotonic, process_time
 
 import pytest
 
-from enban.serial import polling
+from enban.busy_poll import MOST_MISSES
 from enban.serial.polling import READ, Poller
 
 
@@ -66,7 +66,7 @@ def test_it_looks_while_waits_are_short_and_then_no_more(
     poller.wait(7)
     assert waits == [0], "the one before was short"
     os.read(pipe[0], 1)
-    for _ in range(polling._MOST_MISSES):
+    for _ in range(MOST_MISSES):
         waits.clear()
         poller.wait(7)
         assert waits.count(0) > 1 and waits[-1] == 7

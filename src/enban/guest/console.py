@@ -73,7 +73,8 @@ class Console:
     async def wait_for(self, pattern: bytes, timeout_s: float = 60) -> re.Match[bytes]:
         """The next match of a regular expression in what comes, or has come since the last match.
 
-        Text comes in bits, and the first bit that matches is taken: end the pattern with what follows the wanted text.
+        Text comes in bits, and the first bit that matches is taken: end the pattern with what follows
+        the wanted text.
         Raises TimeoutError, or PeerError if the machine ends first.
         """
         expression = re.compile(pattern)

@@ -11,6 +11,8 @@ import os
 import select
 from time import perf_counter_ns
 
+from ..busy_poll import BusyPoll
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
 READ, WRITE = select.POLLIN, select.POLLOUT
 
 SPIN_US = 100
-_MOST_MISSES = 8  # spins in vain in a row, then no more until a wait was short
-_SHORT_WAIT = 2  # a wait of up to so many times the spin makes spinning worth a try
 
 
 class Poller:
@@ -28,8 +28,7 @@ class Poller:
     def __init__(self, spin_us: int = SPIN_US) -> None:
         self._poll = select.poll()
         self._wanted: dict[int, int] = {}
-        self._spin_ns = spin_us * 1000 if (os.cpu_count() or 1) > 1 else 0
-        self._misses = _MOST_MISSES
+        self._busy_poll = BusyPoll(spin_us if (os.cpu_count() or 1) > 1 else 0, short_wait=2, eager=False)
         self.poll: Callable[[int], list[tuple[int, int]]] = self._poll.poll
 
     def want(self, fd: int, events: int) -> None:
@@ -45,18 +44,17 @@ class Poller:
 
     def wait(self, milliseconds: int) -> list[tuple[int, int]]:
         """What is ready, after at most so long (and one spin)."""
-        poll, spin_ns = self.poll, self._spin_ns
-        if not spin_ns:
+        poll, busy_poll = self.poll, self._busy_poll
+        if not busy_poll.length_ns:
             return poll(milliseconds)
         started = perf_counter_ns()
-        if self._misses < _MOST_MISSES:
-            end = started + spin_ns
+        if busy_poll.pays():
+            end = started + busy_poll.length_ns
             while perf_counter_ns() < end:
                 if events := poll(0):
-                    self._misses = 0
+                    busy_poll.looked(True)
                     return events
-            self._misses += 1
-        events = poll(milliseconds)
-        if events and perf_counter_ns() - started <= _SHORT_WAIT * spin_ns:
-            self._misses = 0
+            busy_poll.looked(False)
+        if events := poll(milliseconds):
+            busy_poll.waited(perf_counter_ns() - started)
         return events

@@ -13,6 +13,8 @@ import select
 import socket
 from time import perf_counter_ns
 
+from ...busy_poll import BusyPoll
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ...wire.nbd import Session
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
 # never touched; a larger request gets a larger buffer for its time.
 BUFFER = (2 << 20) + (256 << 10)
 SPIN_US = 50
-_SHORT_WAIT = 4  # a blocking wait of up to so many times the spin makes spinning worth a try
-_MOST_MISSES = 8  # spins in vain in a row, then no more until a wait was short
 _ROOM = 256 << 10  # what there always is for the next receive
 _MUCH = 32 << 10
 _WAITALL = getattr(socket, "MSG_WAITALL", 0)
@@ -53,10 +53,9 @@ class Incoming:
         self._sock = sock
         self._tls = session.tls
         self._threads = threads
-        self._spin_ns = spin_us * 1000 if hasattr(select, "poll") and not session.tls else 0
-        self._spinning = True
-        self._misses = 0
-        if self._spin_ns:
+        may_look = hasattr(select, "poll") and not session.tls
+        self._busy_poll = BusyPoll(spin_us if may_look else 0, short_wait=4)
+        if self._busy_poll.length_ns:
             poller = select.poll()
             poller.register(sock.fileno(), select.POLLIN)
             self._poll = poller.poll
@@ -72,7 +71,7 @@ class Incoming:
         missing = need - (self.end - self.start)
         if missing >= _MUCH and not self._tls:
             n = self._sock.recv_into(view[:missing], 0, _WAITALL)  # the rest of a large write, in one call
-        elif self._spin_ns:
+        elif self._busy_poll.length_ns:
             n = self._spin(view)
         else:
             n = self._sock.recv_into(view)
@@ -94,22 +93,20 @@ class Incoming:
         self.buffer, self.start, self.end = grown, 0, rest
 
     def _spin(self, view: memoryview) -> int:
-        threads = self._threads
-        if self._spinning and not threads.busy and len(threads.spinning) < threads.most:
+        threads, busy_poll = self._threads, self._busy_poll
+        if busy_poll.pays() and not threads.busy and len(threads.spinning) < threads.most:
             threads.spinning.add(self)
             poll, busy = self._poll, threads.busy
-            until = perf_counter_ns() + self._spin_ns
+            until = perf_counter_ns() + busy_poll.length_ns
             try:
                 while not busy and perf_counter_ns() < until:
                     if poll(0):
-                        self._misses = 0
+                        busy_poll.looked(True)
                         return self._sock.recv_into(view)
             finally:
                 threads.spinning.discard(self)
-            self._misses += 1
-            self._spinning = self._misses < _MOST_MISSES
+            busy_poll.looked(False)
         before = perf_counter_ns()
         n = self._sock.recv_into(view)
-        if perf_counter_ns() - before < _SHORT_WAIT * self._spin_ns:
-            self._spinning, self._misses = True, 0
+        busy_poll.waited(perf_counter_ns() - before)
         return n

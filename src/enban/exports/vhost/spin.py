@@ -1,10 +1,8 @@
 """Whether to look for the next request for a moment before sleeping.
 
-Looking answers sooner than being woken, if the driver is quick and a processor is free. Both are learned:
-
-    in vain   a driver that did not come so often is slow: no more, until a wait was short
-    crowded   a thread that was kept from running while it looked has company on its processor, and who looks
-              all the time is the last to be let in again: no more for a while, longer each time
+Looking answers sooner than being woken, if the driver is quick, which `BusyPoll` learns, and a processor is
+free. That is learned too: a thread that was kept from running while it looked has company on its processor,
+and who looks all the time is the last to be let in again. So it looks no more for a while, longer each time.
 """
 
 from __future__ import annotations
@@ -12,23 +10,22 @@ from __future__ import annotations
 import _thread
 from time import perf_counter_ns
 
+from ...busy_poll import BusyPoll
+
 # From its answer to its next request a guest on TCG takes some 50 us: a shorter spin would be in vain.
 SPIN_US = 150
-_MOST_MISSES = 8
-_SHORT_WAIT = 4  # a wait of up to so many times the spin makes spinning worth a try
 _GAP_NS = 250_000  # nobody who runs is silent for so long
 _REST_NS = 50_000_000, 5_000_000_000  # the least and the most
 _spinning = _thread.allocate_lock()  # one thread of this process spins at most
 
 
-class Spin:
-    """What one thread knows of its spinning. length_ns: how long it looks; 0 is never."""
+class Spin(BusyPoll):
+    """A `BusyPoll` that knows whether it has company."""
 
-    __slots__ = ("_crowded_ns", "_misses", "_rest_ns", "_seen_ns", "length_ns")
+    __slots__ = ("_crowded_ns", "_rest_ns", "_seen_ns")
 
     def __init__(self, spin_us: int) -> None:
-        self.length_ns = spin_us * 1000
-        self._misses = 0
+        super().__init__(spin_us, short_wait=4)
         self._rest_ns = _REST_NS[0]
         self._crowded_ns = -_REST_NS[1]
         self._seen_ns = 0
@@ -36,7 +33,7 @@ class Spin:
     def begin(self) -> bool:
         """Whether to spin now; then `end` must follow. When it was quick work since the last `look`, a long
         time in between counts as being kept from running."""
-        if not self.length_ns or self._misses >= _MOST_MISSES:
+        if not self.pays():
             return False
         now = perf_counter_ns()
         if self._seen_ns and now - self._seen_ns > _GAP_NS:
@@ -46,7 +43,7 @@ class Spin:
 
     def end(self, found: bool) -> None:
         _spinning.release()
-        self._misses = 0 if found else self._misses + 1
+        self.looked(found)
 
     def look(self, until_ns: int) -> bool:
         """Between two looks: whether to go on."""
@@ -62,10 +59,8 @@ class Spin:
         self._seen_ns = 0
 
     def waited(self, ns: int) -> None:
-        """The thread has slept, and so long."""
         self._seen_ns = 0
-        if ns < _SHORT_WAIT * self.length_ns:
-            self._misses = 0
+        super().waited(ns)
 
     def _crowded(self, now: int) -> None:
         again = now - self._crowded_ns < 4 * self._rest_ns
