@@ -11,11 +11,10 @@ import atexit
 import os
 import sys
 
-from enban.cli.common import complain
+from enban.cli.common import Terminated, complain
 from enban.cli.options import Verb, help_text, parse, table
 from enban.errors import EnbanError, UsageError
 
-TYPE_CHECKING = False
 VERBS = {
     "create": "Make a new, empty image",
     "info": "Show what an image is: format, sizes, backing file, snapshots",
@@ -128,10 +127,12 @@ def main(argv: list[str] | None = None) -> int:
             return _output_closed()
         complain(str(error))
         return _ERROR.get(name, 1)
-    except KeyboardInterrupt as interrupt:
-        terminated = type(interrupt) is not KeyboardInterrupt  # signals.Terminated
-        complain("terminated" if terminated else "interrupted")
-        return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
+    except Terminated:
+        complain("terminated")
+        return EXIT_TERMINATED
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return EXIT_INTERRUPTED
     except OSError as error:
         complain(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
         return _ERROR.get(name, 1)

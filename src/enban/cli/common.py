@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
     Reference = str | dict[str, Any]
 
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP arrived; the clean-up is that of Ctrl-C."""
+
+
 CACHES = ("none", "writeback", "writethrough", "directsync", "unsafe")
 
 FORMAT = Flag("-f --format", "Format of the image; found out from its content if not given", value="FMT")

@@ -12,6 +12,7 @@ import _thread
 import time
 
 from enban.block import runtime
+from enban.cli.common import Terminated
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,10 +29,6 @@ except ImportError:
 
 _AGAIN = 0.002  # seconds
 _PATIENCE = 5.0  # seconds; an engine that never waits for the host is interrupted where it is
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP arrived; the clean-up is that of Ctrl-C."""
 
 
 def catch() -> None:
