@@ -12,7 +12,8 @@ from typing import Any
 from enban.block.door import Door
 from enban.block.runtime import BLOCKING, drive
 from enban.catalog import open_door
-from enban.exports.nbd import ServedExport, Server, sockets
+from enban.exports import sockets
+from enban.exports.nbd import ServedExport, Server
 from enban.exports.nbd.incoming import SPIN_US
 from enban.wire.nbd import ClientHandshake, ClientTransmission, Negotiator
 from enban.wire.nbd import constants as c

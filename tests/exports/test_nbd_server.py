@@ -15,7 +15,9 @@ import enban
 from enban.block.door import Door
 from enban.block.runtime import BLOCKING, drive
 from enban.errors import HostError, UsageError
-from enban.exports.nbd import ServedExport, incoming, sockets
+from enban.exports import sockets
+from enban.exports.nbd import ServedExport, incoming
+from enban.exports.nbd.uri import uri_of
 from enban.filters.delay import Delay
 from enban.filters.faults import Call, Fault, Faults
 from enban.formats.raw import RawNode
@@ -673,11 +675,11 @@ def test_a_left_over_socket_is_replaced_and_a_live_one_is_not(tmp_path: Path) ->
 
 
 def test_tcp_listens_on_loopback_unless_told_otherwise(tmp_path: Path) -> None:
-    listeners = sockets.listen_tcp(port=0)
+    listeners = sockets.listen_tcp("", 0)
     assert {listener.getsockname()[0] for listener in listeners} <= {"127.0.0.1", "::1"}
     assert len({listener.getsockname()[1] for listener in listeners}) == 1
     port = listeners[0].getsockname()[1]
-    assert sockets.uri_of(listeners[0], "a b/ä", tls=False) == f"nbd://127.0.0.1:{port}/a%20b%2F%C3%A4"
+    assert uri_of(listeners[0], "a b/ä", tls=False) == f"nbd://127.0.0.1:{port}/a%20b%2F%C3%A4"
     door = open_disk(make_qcow2(tmp_path / "d.qcow2", MIB))
     running = Running([ServedExport(door)], tmp_path)
     running.server.listeners += listeners

@@ -18,7 +18,7 @@ import pytest
 import enban
 from enban.block.disk import Disk
 from enban.errors import NoSpaceError
-from enban.exports.nbd import sockets
+from enban.exports import sockets
 from enban.exports.vhost import Server
 from enban.wire import vhost_user as vu
 from enban.wire import virtio_blk as blk

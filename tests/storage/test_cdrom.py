@@ -13,7 +13,8 @@ import pytest
 import enban
 from enban.block.runtime import BLOCKING, drive
 from enban.errors import HostError, NoMediumError, ReadOnlyError, UsageError
-from enban.exports.nbd import ServedExport, Server, sockets
+from enban.exports import sockets
+from enban.exports.nbd import ServedExport, Server
 from enban.exports.nbd.media import MediaWatch, disc_of
 from enban.storage import cdrom
 from enban.storage import kernel as k

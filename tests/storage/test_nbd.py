@@ -29,7 +29,8 @@ from enban.errors import (
     ReadOnlyError,
     UsageError,
 )
-from enban.exports.nbd import ServedExport, Server, sockets
+from enban.exports import sockets
+from enban.exports.nbd import ServedExport, Server
 from enban.filters.faults import Call, Fault, Faults
 from enban.formats.raw import RawNode
 from enban.jobs.convert import convert
@@ -503,7 +504,7 @@ def test_tls_both_ways(tmp_path: Path) -> None:
 
     certificates = make_certificates(tmp_path / "certs")
     door = raw_file(tmp_path, pattern(MIB))
-    listeners = sockets.listen_tcp(port=0)
+    listeners = sockets.listen_tcp("", 0)
     port = listeners[0].getsockname()[1]
     server = Server([ServedExport(door)], listeners, tls=server_context(str(certificates)))
     thread = threading.Thread(target=server.run)

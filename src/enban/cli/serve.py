@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from enban.cli.options import Arguments
-    from enban.exports.nbd.service import Settings, Wanted
+    from enban.exports.nbd.service import Settings
+    from enban.exports.process import Wanted
 
 
 def run(arguments: Arguments) -> int:
@@ -60,7 +61,7 @@ def _drop(text: str) -> None:
 def _wanted(arguments: Arguments) -> list[Wanted]:
     from os.path import basename
 
-    from enban.exports.nbd.service import Wanted
+    from enban.exports.process import Wanted
 
     names, files = arguments.all("-x"), arguments.operands
     if len(names) > len(files):

@@ -21,7 +21,7 @@ import enban
 
 from ..block.disk import Disk
 from ..errors import EnbanError, NoMediumError, UsageError
-from ..exports.nbd import sockets
+from ..exports import sockets
 from ..exports.nbd.export import ServedExport
 from ..exports.nbd.incoming import SPIN_US
 from ..exports.nbd.server import Server

@@ -4,8 +4,8 @@
     transmission    the loop that answers requests; all the speed is there
     connection      one client from the first byte to the last: handshake, TLS, loop, good-bye
     server          listening, clients, draining, what is in flight
-    sockets         where to listen: unix, TCP, descriptors handed over by systemd
     trace           each request's life as a file for a trace viewer
+    uri             what clients call an export
     service         all of it as one process: disks, sockets, signals, pid file
 
 One thread a connection, blocking calls, buffers that are used again. Nothing here knows a

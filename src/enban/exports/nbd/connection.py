@@ -27,7 +27,7 @@ from ...wire.nbd.handshake_server import (
     HandshakeEnded,
     ListRequested,
 )
-from . import sockets
+from .. import sockets
 from .transmission import Transmission
 
 TYPE_CHECKING = False

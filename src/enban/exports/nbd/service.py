@@ -9,81 +9,37 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import tempfile
-import threading
 
-from ...block.gate import SIBLINGS
-from ...block.runtime import BLOCKING, drive
-from ...catalog import open_door
-from ...errors import UsageError, from_oserror
+from ...errors import UsageError
 from ...wire.nbd.constants import DEFAULT_PORT, MAX_STRING
-from . import sockets
+from .. import process, sockets
+from ..process import Wanted, catch_signals, keep_signal_handlers, open_wanted, remove_file, write_pid
 from .export import ServedExport
 from .incoming import SPIN_US
 from .media import MediaWatch
 from .server import GRACE_S, HANDSHAKE_S, Server
 from .trace import Trace
+from .uri import uri_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Sequence
-    from typing import Any, Protocol
-
-    from ...block.cipher import Passphrase
-    from ...block.door import Door
-    from ...block.gate import Gate
-
-    class Stoppable(Protocol):
-        """A server whose `stop` and `request_status` may be called from a signal handler."""
-
-        def stop(self) -> None: ...
-
-        def request_status(self) -> None: ...
 
 
-class Wanted:
-    """One disk to serve. reference: as for `enban.open`. name: the export's, "" for the default one.
-
-    offset, size: the slice of the disk in bytes; size None is to its end. bitmaps: dirty bitmaps to show.
-    """
-
-    __slots__ = ("bitmaps", "description", "format", "name", "offset", "reference", "size")
-
-    def __init__(
-        self,
-        reference: str | dict[str, Any],
-        name: str = "",
-        *,
-        format: str = "",
-        offset: int = 0,
-        size: int | None = None,
-        description: str = "",
-        bitmaps: Sequence[str] = (),
-    ) -> None:
-        self.bitmaps = bitmaps
-        self.reference = reference
-        self.name = name
-        self.format = format
-        self.offset = offset
-        self.size = size
-        self.description = description
-
-
-class Settings:
+class Settings(process.Settings):
     """What `enban serve` can be told; the defaults are its defaults.
 
     socket_path: the unix socket; "" makes a private one unless tcp or sockets of systemd are used.
     tcp: listen on TCP; bind: which address, "" this machine alone, "*" all; port: 0 picks one.
     shared: clients at once, 0 for any number. tls_dir: certificates (see storage.tls); "" is plain.
-    tls_verify: turn away clients without a certificate of our CA. passphrase: of encrypted images.
-    snapshot: writes go to temporary overlays, in files without a name in snapshot_dir, and vanish.
-    idle_s: end after so long without a client, 0 never. spin_us: see `incoming`.
+    tls_verify: turn away clients without a certificate of our CA. idle_s: end after so long without a
+    client, 0 never.
     """
 
     def __init__(self) -> None:
-        self.read_only = False
+        super().__init__(SPIN_US)
         self.socket_path = ""
         self.tcp = False
         self.bind = ""
@@ -91,17 +47,10 @@ class Settings:
         self.shared = 64
         self.tls_dir = ""
         self.tls_verify = True
-        self.pid_file = ""
         self.idle_s = 0.0
         self.handshake_s = float(HANDSHAKE_S)
         self.grace_s = float(GRACE_S)
-        self.spin_us = SPIN_US
         self.trace = ""
-        self.cache = "writeback"
-        self.snapshot = False
-        self.snapshot_dir = ""
-        self.passphrase: Passphrase = None
-        self.gate: Gate = SIBLINGS
 
 
 def serve(
@@ -135,7 +84,7 @@ def serve(
             from ...storage.tls import server_context
 
             tls = server_context(settings.tls_dir, verify_peer=settings.tls_verify)
-        exports = [open_export(one, settings, stack, trace) for one in wanted]
+        exports = [_export(one, settings, stack, trace) for one in wanted]
         listeners = _listen(settings, stack)
         server = Server(
             exports,
@@ -154,7 +103,7 @@ def serve(
             write_pid(settings.pid_file, stack)
         for listener in listeners:
             for export in exports:
-                announce(sockets.uri_of(listener, export.name, tls=tls is not None))
+                announce(uri_of(listener, export.name, tls=tls is not None))
         media = MediaWatch(server, log)
         media.start()
         try:
@@ -163,24 +112,10 @@ def serve(
             media.stop()
 
 
-def open_export(
+def _export(
     one: Wanted, settings: Settings, stack: contextlib.ExitStack, trace: Trace | None
 ) -> ServedExport:
-    door: Door = drive(
-        open_door(
-            one.reference,
-            BLOCKING,
-            format=one.format,
-            writable=not (settings.read_only or settings.snapshot),
-            cache=settings.cache,
-            gate=settings.gate,
-            snapshot=settings.snapshot,
-            snapshot_dir=settings.snapshot_dir or None,
-            passphrase=settings.passphrase,
-            empty_drive=True,
-        )
-    )
-    stack.callback(lambda: drive(door.close()))
+    door = open_wanted(one, settings, stack)
     if trace is not None:
         trace.watch(door.node)
     return ServedExport(
@@ -216,43 +151,3 @@ def _listen(settings: Settings, stack: contextlib.ExitStack) -> list[socket.sock
         stack.callback(remove_file, path)
         stack.callback(listeners[-1].close)
     return listeners
-
-
-def remove_file(path: str) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
-
-
-def write_pid(path: str, stack: contextlib.ExitStack) -> None:
-    """Only a server that can be reached has a pid file; it appears whole."""
-    partial = f"{path}.{os.getpid()}"
-    try:
-        with open(partial, "w", encoding="ascii") as file:
-            file.write(f"{os.getpid()}\n")
-        os.rename(partial, path)
-    except OSError as error:
-        remove_file(partial)
-        raise from_oserror(error, "write the pid file", path) from error
-    stack.callback(remove_file, path)
-
-
-def keep_signal_handlers(stack: contextlib.ExitStack) -> dict[int, Any]:
-    """The signal handlers that are put back at the very end, after everything else on the stack."""
-    before: dict[int, Any] = {}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    stack.callback(restore)
-    return before
-
-
-def catch_signals(server: Stoppable, before: dict[int, Any]) -> None:
-    if threading.current_thread() is not threading.main_thread():
-        return
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        before[number] = signal.signal(number, lambda *_: server.stop())
-    before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, lambda *_: server.request_status())

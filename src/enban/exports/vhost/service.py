@@ -1,6 +1,6 @@
 """`enban serve --vhost-user` as a process runs it: open the disk, listen, serve until told to stop.
 
-The rule is that of `nbd.service`: what is undone at the end is undone in the reverse order, whatever fails.
+What is undone at the end is undone in the reverse order, whatever fails: see `process`.
 """
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from __future__ import annotations
 import contextlib
 
 from ...errors import UsageError
-from ..nbd import sockets
-from ..nbd.service import catch_signals, keep_signal_handlers, open_export, remove_file, write_pid
+from .. import sockets
+from ..process import catch_signals, keep_signal_handlers, open_wanted, remove_file, write_pid
 from .server import Server
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..nbd.service import Settings, Wanted
+    from ..process import Settings, Wanted
 
 
 def serve(
@@ -38,10 +38,10 @@ def serve(
         raise UsageError("vhost-user needs Linux")
     with contextlib.ExitStack() as stack:
         handlers = keep_signal_handlers(stack)
-        export = open_export(wanted, settings, stack, None)
+        door = open_wanted(wanted, settings, stack)
         listener = sockets.listen_unix(path)
         stack.callback(remove_file, path)
-        server = Server(export.door, listener, spin_us=settings.spin_us, log=log)
+        server = Server(door, listener, spin_us=settings.spin_us, log=log)
         catch_signals(server, handlers)
         if settings.pid_file:
             write_pid(settings.pid_file, stack)

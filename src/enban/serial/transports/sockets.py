@@ -126,7 +126,7 @@ class UnixListener(Listener):
         self._made: tuple[int, int] | None = None
 
     def open(self) -> None:
-        from ...exports.nbd.sockets import listen_unix
+        from ...exports.sockets import listen_unix
 
         sock = listen_unix(self._path)
         sock.setblocking(False)

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import os
 import socket
-from urllib.parse import quote
 
-from ...errors import UsageError, from_oserror
-from ...wire.nbd.constants import DEFAULT_PORT
+from ..errors import UsageError, from_oserror
 
 BACKLOG = 128
 _FIRST_PASSED_FD = 3  # by the protocol of sd_listen_fds(3)
@@ -54,7 +52,7 @@ def _is_stale(path: str) -> bool:
     return False
 
 
-def listen_tcp(host: str = "", port: int = DEFAULT_PORT) -> list[socket.socket]:
+def listen_tcp(host: str, port: int) -> list[socket.socket]:
     """Listen on a TCP port (0: any) of a host; "" is this machine alone, "*" all of its addresses."""
     names = ["127.0.0.1", "::1"] if not host else ["0.0.0.0", "::"] if host == "*" else [host]
     found: list[socket.socket] = []
@@ -117,21 +115,6 @@ def passed_sockets() -> list[socket.socket]:
             raise from_oserror(error, f"use descriptor {fd} that systemd passed") from error
         found.append(sock)
     return found
-
-
-def uri_of(sock: socket.socket, export: str, *, tls: bool) -> str:
-    """The URI under which clients find an export on a listening socket."""
-    scheme = "nbds" if tls else "nbd"
-    name = quote(export, safe="")
-    if sock.family == socket.AF_UNIX:
-        path = sock.getsockname()
-        if isinstance(path, bytes):
-            path = os.fsdecode(path)
-        return f"{scheme}+unix:///{name}?socket={quote(os.path.abspath(path))}"
-    host, port = sock.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
-    where = host if port == DEFAULT_PORT else f"{host}:{port}"
-    return f"{scheme}://{where}/{name}"
 
 
 def tune(sock: socket.socket) -> None:
