@@ -309,7 +309,8 @@ def test_tcp_links_never_wait(tmp_path: Path, client: Callable[[str], Client]) -
             guest.send(b"c")
             assert debugger.receive(1) == b"c"
             taken.append(monotonic() - started)
-        assert min(taken) < 0.04  # with Nagle none is shorter
+        # With Nagle all but the very first take 40 ms; without, none but on a machine that has no time for us.
+        assert sorted(taken)[len(taken) // 4] < 0.03
 
 
 def test_without_descriptors_it_goes_on(
