@@ -73,9 +73,15 @@ def test_somebody_elses_server_is_killed(tmp_path: Path) -> None:
         finding = part.step()
     finally:
         part.close()
-    # A finding about QEMU is no failure of ours. It may show a cluster that was freed and used again before
-    # its unlinking was written; seen once: a cluster with two references that was counted once.
+    # A finding about QEMU is no failure of ours, if QEMU says the same of the image: one life in ten ends with
+    # a cluster that was freed and used again before its unlinking was written.
     assert finding is None or finding.kind in (CORRUPT, FOREIGN), finding.text
+    if finding is not None and finding.kind == CORRUPT:
+        assert finding.after is not None
+        image = tmp_path / "found.qcow2"
+        image.write_bytes(finding.after)
+        told = subprocess.run(["qemu-img", "check", str(image)], capture_output=True, text=True, check=False)
+        assert told.returncode == 2, f"{finding.text}\n{told.stdout}{told.stderr}"  # 3 would be leaks alone
     assert part.counts["kills"] == 8 or finding is not None
 
 
