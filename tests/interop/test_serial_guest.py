@@ -51,20 +51,23 @@ def guest(folder: Path, *serial: str, stdio: int = subprocess.DEVNULL) -> Iterat
 
 
 def talk(debugger: Client) -> float:
-    """The greeting whole, then every byte comes back as it went. Returns exchanges of 16 bytes a second."""
+    """The greeting whole, then every byte comes back as it went.
+
+    Returns exchanges of 16 bytes a second, by those that had a processor when they needed it: a machine with
+    other work makes most of them wait.
+    """
     assert debugger.receive(len(GREETING)) == GREETING
     data = random.Random(3).randbytes(2000)
     for start in range(0, len(data), 16):
         debugger.send(data[start : start + 16])
         assert debugger.receive(len(data[start : start + 16])) == data[start : start + 16]
-    best = 0.0
-    for _ in range(4):
+    taken = []
+    for _ in range(100):
         started = monotonic()
-        for _ in range(25):
-            debugger.send(b"0123456789abcdef")
-            assert debugger.receive(16) == b"0123456789abcdef"
-        best = max(best, 25 / (monotonic() - started))
-    return best
+        debugger.send(b"0123456789abcdef")
+        assert debugger.receive(16) == b"0123456789abcdef"
+        taken.append(monotonic() - started)
+    return 1 / sorted(taken)[len(taken) // 4]
 
 
 def chardevs(folder: Path) -> dict[str, tuple[str, str]]:
