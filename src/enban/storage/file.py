@@ -273,8 +273,6 @@ class FileStorage(Storage):
     def lay_out(self, offset: HostOffset, length: int) -> bool:
         if self.fixed_size or self._direct >= 0:
             return False
-        if self._flushes and offset < self._size:
-            return True  # place for small parts inside a file costs more at the flush than it saves before
         with self._guard:
             self._laid_to = max(self._laid_to, offset + length)
         try:
