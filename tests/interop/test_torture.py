@@ -73,8 +73,8 @@ def test_somebody_elses_server_is_killed(tmp_path: Path) -> None:
         finding = part.step()
     finally:
         part.close()
-    # A finding about QEMU is no failure of ours, if QEMU says the same of the image: one life in ten ends with
-    # a cluster that was freed and used again before its unlinking was written.
+    # A finding about QEMU is no failure of ours, if QEMU says the same of the image: one life in ten ends
+    # with a cluster that was freed and used again before its unlinking was written.
     assert finding is None or finding.kind in (CORRUPT, FOREIGN), finding.text
     if finding is not None and finding.kind == CORRUPT:
         assert finding.after is not None

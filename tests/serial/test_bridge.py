@@ -309,7 +309,7 @@ def test_tcp_links_never_wait(tmp_path: Path, client: Callable[[str], Client]) -
             guest.send(b"c")
             assert debugger.receive(1) == b"c"
             taken.append(monotonic() - started)
-        # With Nagle all but the very first take 40 ms; without, none but on a machine that has no time for us.
+        # With Nagle all but the very first take 40 ms; without, only those for which the machine has no time.
         assert sorted(taken)[len(taken) // 4] < 0.03
 
 
