@@ -55,14 +55,12 @@ class ConvertResult:
 _NOTHING = memoryview(b"")
 # Packed pieces that may wait for an earlier one: random data is packed 20 times as fast as text.
 _MOST_PACKED = 8
-# Pieces that were read and may wait for the one thread that writes.
-_MOST_READ = 2
 
 
 class _Piece:
-    """buffer, and units or writes: what was read, and packed or found to be data, until it is stored."""
+    """buffer and units: what was read, and packed, until it is stored."""
 
-    __slots__ = ("buffer", "length", "number", "start", "units", "writes", "zero")
+    __slots__ = ("buffer", "length", "number", "start", "units", "zero")
 
     def __init__(self, number: int, start: int, length: int, zero: bool) -> None:
         self.number = number
@@ -71,7 +69,6 @@ class _Piece:
         self.zero = zero  # all of it reads as zeros
         self.buffer = _NOTHING
         self.units: list[Unit] = []
-        self.writes: list[tuple[int, int]] = []  # offsets into `buffer`
 
 
 class Copier:
@@ -113,17 +110,7 @@ class Copier:
         self._number = 0
         self._next_turn = 0
         self._running: dict[int, int] = {}  # piece number -> start
-        # Threads that write one file of the page cache at the same time take turns in the kernel, and spin
-        # while they wait. Where that time is needed to unpack, one writes, and the others read on. For data
-        # that is only copied, and on other targets, several writes at a time are quicker.
-        self._one_writer = (
-            not (compress or offload or out_of_order)
-            and target.node.data.plain_fd() >= 0
-            and sources.look_packed()
-        )
-        self._ready = InOrder(
-            self._store_packed if compress else self._store_plain, _MOST_PACKED if compress else _MOST_READ
-        )
+        self._packed = InOrder(self._store_packed, _MOST_PACKED)
         self._spare: list[memoryview] = []
         self._advice = Advice()
         self.stopped: BaseException | None = None
@@ -170,7 +157,7 @@ class Copier:
             if self.stopped is None:
                 self.stopped = error
             self._guard.notify_all()
-        self._ready.stop()
+        self._packed.stop()
 
     def _wait_turn(self, piece: _Piece) -> None:
         """Wait until every earlier piece has its space. Raises Stopped if the job is over."""
@@ -200,10 +187,6 @@ class Copier:
                 piece.buffer = buffer
                 if self._packer is not None:
                     self._pack(piece)
-                elif self._one_writer:
-                    if not piece.zero:
-                        piece.writes = self._read_data(piece, buffer[: piece.length])
-                    self._ready.bring(piece.number, piece)
                 else:
                     self._copy(piece, buffer)
                     self._finish(piece)
@@ -274,20 +257,6 @@ class Copier:
             self._carry_out(plans)
         self.result.bytes_written += sum(last - first for first, last in writes)
 
-    def _store_plain(self, piece: _Piece) -> None:
-        """Write a piece that was read; those before it are written."""
-        if piece.zero:
-            self._zero(piece.start, piece.length)
-        else:
-            self._zero_between(piece, piece.writes)
-            plans: list[Plan] = []
-            try:
-                self._plan(piece, piece.buffer[: piece.length], piece.writes, plans)
-            finally:
-                self._carry_out(plans)
-            self.result.bytes_written += sum(last - first for first, last in piece.writes)
-        self._finish(piece)
-
     def _plan(
         self, piece: _Piece, view: memoryview, writes: list[tuple[int, int]], plans: list[Plan]
     ) -> None:
@@ -339,7 +308,7 @@ class Copier:
         if self.out_of_order:
             self._store_packed(piece)
         else:
-            self._ready.bring(piece.number, piece)
+            self._packed.bring(piece.number, piece)
 
     def _store_packed(self, piece: _Piece) -> None:
         door, file, start = self.target.door, self.target.node.file, piece.start

@@ -21,8 +21,6 @@ READ = 1  # it may hold data
 ZEROES = 2  # it reads as zeros
 SKIP = 3  # the target's backing file has it
 
-
-_PLACES = 16
 # How far an extent is followed at once; what is known of it then answers the questions after the first.
 _AHEAD = 64 << 20
 
@@ -87,14 +85,6 @@ class Sources:
         if answer is None:
             answer = self.holes[node] = drive(node.holes())
         return answer
-
-    def look_packed(self) -> bool:
-        """Whether data probably has to be unpacked: at one of a few places it does."""
-        return any(
-            self.where(disk, disk.size * number // _PLACES, 1).kind == COMPRESSED
-            for disk in self.disks
-            for number in range(_PLACES if disk.size else 0)
-        )
 
     def where(self, disk: Disk, offset: int, length: int) -> Extent:
         return drive(disk.door.extent(offset, length))
