@@ -43,20 +43,28 @@ KIB, MIB = 1 << 10, 1 << 20
 # -- peers -----------------------------------------------------------------------------------
 
 
-def needs(program: str, package: str) -> Callable[[Test], Test]:
-    """A mark for tests that need a program: `interop`, and skipped with its name if it is missing."""
-
+def needs_all(program: str, package: str) -> list[pytest.MarkDecorator]:
+    """The `pytestmark` of a module whose tests need a program: `interop`, and skipped with its name if it
+    is missing."""
     missing = shutil.which(program) is None
     skip = pytest.mark.skipif(missing, reason=f"{program} is missing (Debian package {package})")
+    return [pytest.mark.interop, skip]
+
+
+def needs(program: str, package: str) -> Callable[[Test], Test]:
+    """The same for one test."""
 
     def mark(test: Test) -> Test:
-        return cast(Test, pytest.mark.interop(skip(test)))
+        for one in needs_all(program, package):
+            test = cast(Test, one(test))
+        return test
 
     return mark
 
 
 needs_qemu_img = needs("qemu-img", "qemu-utils")
 needs_qemu_io = needs("qemu-io", "qemu-utils")
+needs_qemu_system = needs("qemu-system-x86_64", "qemu-system-x86")
 
 
 def qemu_img(*arguments: str | Path, ok: tuple[int, ...] = (0,), cwd: Path | None = None) -> str:

@@ -10,36 +10,14 @@ memory, writes it to sector 1 of the disk it was started from, reads that sector
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from enban.guest import Machine
-from scripts.tiny_guest import CannotBuild, build
 
 SECTOR = 512
 _ORIGIN = 0x7C00
-
-
-@contextmanager
-def private_runtime() -> Iterator[str]:
-    """A short XDG_RUNTIME_DIR of its own: tests do not meet each other's machines."""
-    before = os.environ.get("XDG_RUNTIME_DIR")
-    with tempfile.TemporaryDirectory(prefix="enban-t") as folder:
-        os.environ["XDG_RUNTIME_DIR"] = folder
-        try:
-            yield folder
-        finally:
-            if before is None:
-                del os.environ["XDG_RUNTIME_DIR"]
-            else:
-                os.environ["XDG_RUNTIME_DIR"] = before
 
 
 class _Code:
@@ -134,23 +112,6 @@ async def count(machine: Machine, timeout_s: float = 30) -> int:
 # -- Linux -----------------------------------------------------------------------------------
 
 LINUX = "console=ttyS0 quiet panic=-1"
-
-
-@pytest.fixture(scope="session")
-def linux(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Settings that boot the tiny guest; skips the test if it cannot be had."""
-    folder = tmp_path_factory.mktemp("linux")
-    try:
-        build(folder)
-    except CannotBuild as error:
-        pytest.skip(str(error))
-    return {
-        "kernel": str(folder / "kernel"),
-        "initrd": str(folder / "initrd"),
-        "append": LINUX,
-        "memory": 256 << 20,
-        "accel": "tcg",
-    }
 
 
 async def ready(machine: Machine) -> None:

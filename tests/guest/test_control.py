@@ -23,16 +23,8 @@ from enban.errors import EnbanError
 from enban.guest import Machine, Settings, control, places
 from tests.cli.command import command, environment, refused
 from tests.cli.command import enban as run
-from tests.guest.machines import boot_disk, private_runtime
-from tests.support import MIB, needs, qemu_check
-
-needs_qemu = needs("qemu-system-x86_64", "qemu-system-x86")
-
-
-@pytest.fixture(autouse=True)
-def runtime() -> Iterator[str]:
-    with private_runtime() as folder:
-        yield folder
+from tests.guest.machines import boot_disk
+from tests.support import MIB, needs_qemu_system, qemu_check
 
 
 def enban_(*words: str | Path, code: int = 0) -> str:
@@ -71,7 +63,7 @@ def number(log: Path) -> int:
     raise AssertionError("the guest says nothing")
 
 
-@needs_qemu
+@needs_qemu_system
 def test_every_request_by_name(tmp_path: Path) -> None:
     base = boot_disk(tmp_path / "base.qcow2", "qcow2")
     disk, log = tmp_path / "guest.qcow2", tmp_path / "serial"
@@ -134,7 +126,7 @@ def test_every_request_by_name(tmp_path: Path) -> None:
         qemu_check(path)
 
 
-@needs_qemu
+@needs_qemu_system
 def test_writes_vanish_or_are_committed(tmp_path: Path) -> None:
     disk, log = boot_disk(tmp_path / "guest.qcow2", "qcow2"), tmp_path / "serial"
     before = disk.read_bytes()
@@ -149,7 +141,7 @@ def test_writes_vanish_or_are_committed(tmp_path: Path) -> None:
         assert int.from_bytes(image.pread(2, 512), "little") >= told
 
 
-@needs_qemu
+@needs_qemu_system
 def test_the_console_comes_out_and_a_signal_ends_the_guest(tmp_path: Path) -> None:
     disk = boot_disk(tmp_path / "guest.qcow2", "qcow2")
     runner = subprocess.Popen(
@@ -188,7 +180,7 @@ def test_the_console_comes_out_and_a_signal_ends_the_guest(tmp_path: Path) -> No
     qemu_check(disk)
 
 
-@needs_qemu
+@needs_qemu_system
 def test_a_start_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
     disk = boot_disk(tmp_path / "guest.qcow2", "qcow2")
     complaint = enban_(*small("--qemu", "/nowhere/qemu", disk), code=1)
@@ -233,7 +225,7 @@ def test_what_is_no_request_gets_an_answer() -> None:
         sock.connect(place.file(places.CONTROL))
 
 
-@needs_qemu
+@needs_qemu_system
 def test_in_a_terminal_keys_go_to_the_guest_and_the_escape_ends_it(tmp_path: Path) -> None:
     disk = boot_disk(tmp_path / "guest.qcow2", "qcow2")
     ours, theirs = pty.openpty()
@@ -272,7 +264,7 @@ def test_in_a_terminal_keys_go_to_the_guest_and_the_escape_ends_it(tmp_path: Pat
 
 
 @pytest.mark.long
-@needs_qemu
+@needs_qemu_system
 @pytest.mark.parametrize("victim", ["enban", "qemu"])
 def test_killed_in_the_middle_of_a_save_or_a_load_older_states_are_whole(tmp_path: Path, victim: str) -> None:
     """The kill comes at another moment each time: 10 to 400 ms after the request was sent."""

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +19,11 @@ import enban
 from enban.guest import Machine, Settings
 from enban.guest.control import ask
 from scripts.tiny_guest import CannotBuild, download
-from tests.guest.machines import linux, private_runtime, ready, run, shell
-from tests.support import MIB, needs, qemu_check
+from tests.guest.machines import ready, run, shell
+from tests.support import MIB, needs, needs_all, qemu_check
 
-__all__ = ["linux"]  # a fixture
-
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.skipif(
-        shutil.which("qemu-system-x86_64") is None,
-        reason="qemu-system-x86_64 is missing (package qemu-system-x86)",
-    ),
-]
+pytestmark = needs_all("qemu-system-x86_64", "qemu-system-x86")
 FORMATS = ("raw", "qcow", "qcow2")
-
-
-@pytest.fixture(autouse=True)
-def runtime() -> Iterator[str]:
-    with private_runtime() as folder:
-        yield folder
 
 
 def file_system(path: Path, format: str, size: int = 48 * MIB, source: Path | None = None) -> Path:

@@ -13,16 +13,10 @@ import pytest
 
 from enban.guest import Machine, Settings
 from enban.guest.control import ask
-from tests.guest.machines import boot_disk, count, private_runtime, run
-from tests.support import MIB, needs, qemu_check
+from tests.guest.machines import boot_disk, count, run
+from tests.support import MIB, needs_qemu_system, qemu_check
 
 TAG = "ours"
-
-
-@pytest.fixture(autouse=True)
-def runtime() -> Iterator[str]:
-    with private_runtime() as folder:
-        yield folder
 
 
 def direct(words: list[str], disk: Path, serial: Path) -> list[str]:
@@ -74,7 +68,7 @@ def counts(serial: Path, least: int, timeout_s: float = 30) -> list[int]:
     raise AssertionError(f"{least} numbers were expected on the serial line: {serial.read_bytes()[-300:]!r}")
 
 
-@needs("qemu-system-x86_64", "qemu-system-x86")
+@needs_qemu_system
 def test_loadvm_reads_our_state_and_we_read_that_of_savevm(tmp_path: Path) -> None:
     disk = boot_disk(tmp_path / "boot.qcow2", "qcow2")
     wanted = Settings(disks=[str(disk)], memory=16 * MIB, accel="tcg")

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,17 +16,10 @@ from enban.errors import EnbanError, HostError, LockedError, NoSpaceError, PeerE
 from enban.guest import Machine, Settings, program, states
 from enban.guest.disks import GuestDisk
 from enban.guest.places import Place, name_for, running
-from tests.guest.machines import boot_disk, count, private_runtime, run
-from tests.support import MIB, needs, qemu_check
+from tests.guest.machines import boot_disk, count, run
+from tests.support import MIB, needs_qemu_system, qemu_check
 
-needs_qemu = needs("qemu-system-x86_64", "qemu-system-x86")
 SMALL = 16 * MIB
-
-
-@pytest.fixture(autouse=True)
-def runtime() -> Iterator[str]:
-    with private_runtime() as folder:
-        yield folder
 
 
 def settings(*disks: Path, **more: object) -> Settings:
@@ -37,7 +29,7 @@ def settings(*disks: Path, **more: object) -> Settings:
     return found
 
 
-@needs_qemu
+@needs_qemu_system
 @pytest.mark.parametrize(
     ("format", "bus"), [("raw", "ide"), ("qcow", "sata"), ("qcow2", "virtio")], ids=lambda word: word
 )
@@ -59,7 +51,7 @@ def test_a_guest_starts_from_each_format_on_each_bus(tmp_path: Path, format: str
     assert not running()
 
 
-@needs_qemu
+@needs_qemu_system
 def test_states_bring_back_memory_and_every_disk(tmp_path: Path) -> None:
     disk, second = boot_disk(tmp_path / "boot.qcow2", "qcow2"), tmp_path / "second.qcow2"
     enban.create(second, "qcow2", size=MIB)
@@ -114,7 +106,7 @@ def test_states_bring_back_memory_and_every_disk(tmp_path: Path) -> None:
     run(again(), 60)
 
 
-@needs_qemu
+@needs_qemu_system
 def test_a_state_that_is_not_taken_costs_nothing(tmp_path: Path) -> None:
     disk = boot_disk(tmp_path / "boot.qcow2", "qcow2")
 
@@ -141,7 +133,7 @@ def test_a_state_that_is_not_taken_costs_nothing(tmp_path: Path) -> None:
     qemu_check(disk)
 
 
-@needs_qemu
+@needs_qemu_system
 def test_a_full_disk_while_saving_leaves_the_guest_and_older_states(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,7 +162,7 @@ def test_a_full_disk_while_saving_leaves_the_guest_and_older_states(
     qemu_check(disk)
 
 
-@needs_qemu
+@needs_qemu_system
 def test_a_load_that_was_cut_short_is_undone(tmp_path: Path) -> None:
     """All the moments between the steps of a load, as a crash leaves them."""
     first, second = tmp_path / "a.qcow2", tmp_path / "b.qcow2"
@@ -236,7 +228,7 @@ def test_what_a_crash_leaves_of_a_save_is_shown_and_deleted(tmp_path: Path) -> N
         one.disk.close()
 
 
-@needs_qemu
+@needs_qemu_system
 @pytest.mark.parametrize("victim", ["qemu", "enban"])
 def test_whoever_is_killed_what_was_written_and_flushed_is_there(tmp_path: Path, victim: str) -> None:
     """The sector guest's disk is written through (IDE without flushes would not be): its count goes on."""
@@ -291,7 +283,7 @@ def test_whoever_is_killed_what_was_written_and_flushed_is_there(tmp_path: Path,
     assert not enban.check(disk).corruptions
 
 
-@needs_qemu
+@needs_qemu_system
 def test_disks_that_vanish_and_disks_that_are_kept(tmp_path: Path) -> None:
     disk = boot_disk(tmp_path / "boot.raw", "raw")
     before = disk.read_bytes()
@@ -350,7 +342,7 @@ def test_settings_no_machine_can_have(wrong: dict[str, object], words: str) -> N
         Machine(settings(**wrong))
 
 
-@needs_qemu
+@needs_qemu_system
 def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
     disk = boot_disk(tmp_path / "boot.raw", "raw")
 
@@ -390,7 +382,7 @@ def test_a_folder_others_can_enter_is_refused(runtime: str) -> None:
         Place("one")
 
 
-@needs_qemu
+@needs_qemu_system
 def test_a_guest_runs_whether_or_not_kvm_does(tmp_path: Path) -> None:
     disk = boot_disk(tmp_path / "boot.qcow2", "qcow2")
     said: list[str] = []
@@ -404,7 +396,7 @@ def test_a_guest_runs_whether_or_not_kvm_does(tmp_path: Path) -> None:
     assert accel == "kvm" or (accel == "tcg" and any(line.startswith("no KVM here (") for line in said))
 
 
-@needs_qemu
+@needs_qemu_system
 def test_a_full_file_system_pauses_the_guest_until_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -440,7 +432,7 @@ def test_a_full_file_system_pauses_the_guest_until_there_is_room(
     qemu_check(disk)
 
 
-@needs_qemu
+@needs_qemu_system
 def test_backups_of_a_running_guest_follow_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

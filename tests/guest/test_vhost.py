@@ -6,12 +6,10 @@ import asyncio
 import hashlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +20,11 @@ from enban.errors import NoSpaceError, PeerError, UsageError
 from enban.extent import DATA
 from enban.guest import Machine, Settings
 from tests.cli.command import refused
-from tests.guest.machines import boot_disk, count, linux, private_runtime, ready, run, shell
+from tests.guest.machines import boot_disk, count, ready, run, shell
 from tests.guest.test_linux import content, dump, file_system
-from tests.support import MIB, needs, qemu_check
+from tests.support import MIB, needs, needs_all, qemu_check
 
-__all__ = ["linux"]  # a fixture
-
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.skipif(
-        shutil.which("qemu-system-x86_64") is None,
-        reason="qemu-system-x86_64 is missing (package qemu-system-x86)",
-    ),
-]
-
-
-@pytest.fixture(autouse=True)
-def runtime() -> Iterator[str]:
-    with private_runtime() as folder:
-        yield folder
+pytestmark = needs_all("qemu-system-x86_64", "qemu-system-x86")
 
 
 def settings(disk: Path, **more: Any) -> Settings:

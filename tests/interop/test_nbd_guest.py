@@ -15,7 +15,7 @@ import enban
 from scripts import tiny_guest
 from scripts.tiny_guest import CACHE, newc
 from tests.interop.test_nbd_server import serve
-from tests.support import needs, qemu_check, qemu_img
+from tests.support import needs, needs_qemu_system, qemu_check, qemu_img
 
 __all__ = ["CACHE", "fetch", "newc"]  # the console guest of the keyboard tests is made of them too
 
@@ -51,7 +51,7 @@ def fetch() -> Path:
         pytest.skip(str(error))
 
 
-@needs("qemu-system-x86_64", "qemu-system-x86")
+@needs_qemu_system
 @needs("mkfs.ext4", "e2fsprogs")
 @needs("qemu-img", "qemu-utils")
 def test_a_guest_lives_on_our_export(tmp_path: Path) -> None:

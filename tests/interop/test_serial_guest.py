@@ -19,9 +19,7 @@ from enban.serial.port import read_spec
 from tests.cli.command import command, environment
 from tests.serial.boot_sector import GREETING, boot_sector
 from tests.serial.lines import Client, bridge, free_port, until
-from tests.support import needs
-
-needs_guest = needs("qemu-system-x86_64", "qemu-system-x86")
+from tests.support import needs_qemu_system
 
 
 @contextmanager
@@ -87,7 +85,7 @@ def chardevs(folder: Path) -> dict[str, tuple[str, str]]:
     }
 
 
-@needs_guest
+@needs_qemu_system
 @pytest.mark.parametrize("name", list(chardevs(Path())))
 def test_no_byte_is_lost_and_a_hundred_exchanges_a_second(name: str, tmp_path: Path) -> None:
     ours, theirs = chardevs(tmp_path)[name]
@@ -102,7 +100,7 @@ def test_no_byte_is_lost_and_a_hundred_exchanges_a_second(name: str, tmp_path: P
     assert rate >= 100
 
 
-@needs_guest
+@needs_qemu_system
 def test_stdio_of_both(tmp_path: Path) -> None:
     """QEMU's standard input and output are the bridge's, as in a shell pipeline that goes in a circle."""
     ours, theirs = socket.socketpair()
@@ -126,7 +124,7 @@ def test_stdio_of_both(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@needs_guest
+@needs_qemu_system
 def test_a_pty_of_qemus_own(tmp_path: Path) -> None:
     """QEMU makes the pty, and drops what the guest says until it has seen somebody there: it stands still
     until the bridge is (-S), and is given the second that QEMU takes to look."""
@@ -157,7 +155,7 @@ def test_a_pty_of_qemus_own(tmp_path: Path) -> None:
             monitor.close()
 
 
-@needs_guest
+@needs_qemu_system
 @pytest.mark.parametrize(
     "spec", ["kd:unix={path}", "kd:tcp={port}", "kd:pipe={path}", "kd:tty={path},baud=115200"]
 )
@@ -192,7 +190,7 @@ def test_the_debug_port_is_connected_before_the_guest_runs(spec: str, tmp_path: 
     assert not (path.exists() and spec.startswith("kd:unix"))
 
 
-@needs_guest
+@needs_qemu_system
 def test_enban_run_gives_a_debug_port(tmp_path: Path) -> None:
     (tmp_path / "boot.img").write_bytes(boot_sector())
     words = [

@@ -9,16 +9,14 @@ import enban
 from tests.support import (
     check_file,
     make_qcow2,
-    needs,
     needs_qemu_img,
     needs_qemu_io,
+    needs_qemu_system,
     pattern,
     qemu_check,
     qemu_img,
     qemu_io,
 )
-
-needs_qemu = needs("qemu-system-x86_64", "qemu-system-x86")
 
 
 def monitor(image: Path, *commands: str, options: tuple[str, ...] = ()) -> str:
@@ -36,7 +34,7 @@ def monitor(image: Path, *commands: str, options: tuple[str, ...] = ()) -> str:
     return done.stdout
 
 
-@needs_qemu
+@needs_qemu_system
 @needs_qemu_img
 def test_a_guest_that_qemu_saved_is_moved_by_us_and_resumed_by_qemu(tmp_path: Path) -> None:
     theirs = make_qcow2(tmp_path / "theirs.qcow2", 64 << 20)

@@ -20,7 +20,7 @@ from qemu.qmp import QMPClient
 
 from scripts.tiny_guest import CACHE, CannotBuild, download, fetch, initramfs
 from tests.fake_drives import BOGUS_SIZE, iso
-from tests.support import needs
+from tests.support import needs_qemu_system
 
 AGENT = Path(__file__).with_name("agent.py")
 SOURCE = Path(__file__).parents[3] / "src"
@@ -157,7 +157,7 @@ def sha(disc: bytes) -> dict[str, Any]:
 
 
 @pytest.mark.long
-@needs("qemu-system-x86_64", "qemu-system-x86")
+@needs_qemu_system
 def test_three_drives(tmp_path: Path) -> None:
     async def scenario() -> None:
         guest = Guest(tmp_path)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +12,10 @@ import pytest
 from enban.guest import Machine, Settings
 from enban.storage import kernel
 from tests.fake_drives import FakeDrive, FakeKernel, iso
-from tests.guest.machines import linux, private_runtime, ready, run, shell
+from tests.guest.machines import ready, run, shell
+from tests.support import needs_all
 
-__all__ = ["linux"]  # a fixture
-
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.long,
-    pytest.mark.skipif(
-        shutil.which("qemu-system-x86_64") is None,
-        reason="qemu-system-x86_64 is missing (package qemu-system-x86)",
-    ),
-]
-
-
-@pytest.fixture(autouse=True)
-def runtime() -> Iterator[str]:
-    with private_runtime() as folder:
-        yield folder
+pytestmark = [pytest.mark.long, *needs_all("qemu-system-x86_64", "qemu-system-x86")]
 
 
 @pytest.mark.parametrize("where", ["file", "drive"])

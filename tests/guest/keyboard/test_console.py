@@ -12,7 +12,7 @@ from enban.guest.keyboard.layouts import keysym_number
 from enban.guest.vnc import VncFront
 from tests.guest.keyboard.console_guest import MAPS, ConsoleGuest, console_guest
 from tests.guest.keyboard.vnc_client import vnc_client
-from tests.support import needs
+from tests.support import needs_qemu_system
 
 ASCII = "".join(map(chr, range(0x20, 0x7F)))
 
@@ -64,12 +64,12 @@ def run(folder: Path, rounds: int, hosts: list[str]) -> None:
     asyncio.run(work())
 
 
-@needs("qemu-system-x86_64", "qemu-system-x86")
+@needs_qemu_system
 def test_ascii_arrives_exact_under_load(tmp_path: Path) -> None:
     run(tmp_path, 1, ["ja", "de"])
 
 
 @pytest.mark.long
-@needs("qemu-system-x86_64", "qemu-system-x86")
+@needs_qemu_system
 def test_ascii_arrives_exact_twenty_times(tmp_path: Path) -> None:
     run(tmp_path, 20, ["ja", "en-us", "en-gb", "de", "fr", "es", "sv"])

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from enban.guest import Machine, Settings
 from enban.guest.control import ControlServer
 from tests.cli.command import enban, refused
 from tests.guest.keyboard.boot_guest import boot_sector
 from tests.guest.keyboard.vnc_client import vnc_client
-from tests.guest.machines import private_runtime, run
-from tests.support import needs
-
-
-@pytest.fixture(autouse=True)
-def runtime() -> Iterator[str]:
-    with private_runtime() as folder:
-        yield folder
+from tests.guest.machines import run
+from tests.support import needs_qemu_system
 
 
 async def arrived(machine: Machine, codes: str) -> None:
     await machine.console.wait_for(codes.encode() + b" ", 20)
 
 
-@needs("qemu-system-x86_64", "qemu-system-x86")
+@needs_qemu_system
 def test_keys_of_a_running_machine(tmp_path: Path) -> None:
     disk = tmp_path / "boot.raw"
     disk.write_bytes(boot_sector().ljust(1 << 20, b"\0"))

@@ -15,9 +15,7 @@ from enban.guest.keyboard.layouts import keysym_number, layout
 from enban.guest.vnc import VncFront
 from tests.guest.keyboard.boot_guest import BootGuest, boot_guest, scancodes
 from tests.guest.keyboard.vnc_client import VncClient, vnc_client
-from tests.support import needs
-
-needs_qemu = needs("qemu-system-x86_64", "qemu-system-x86")
+from tests.support import needs_qemu_system
 
 # QEMU 7.2's PS/2 keyboard has no code for these in the set that PC firmware and systems choose (set 2):
 # nothing reaches a guest by any route.
@@ -68,7 +66,7 @@ def lockless() -> list[Key]:
     return sorted(all_keys(), key=lambda key: key.name in ("num_lock", "caps_lock"))
 
 
-@needs_qemu
+@needs_qemu_system
 def test_every_key_through_qmp(tmp_path: Path) -> None:
     async def work() -> None:
         async with boot_guest(tmp_path) as guest:
@@ -87,7 +85,7 @@ def test_every_key_through_qmp(tmp_path: Path) -> None:
     run(work())
 
 
-@needs_qemu
+@needs_qemu_system
 def test_chords(tmp_path: Path) -> None:
     async def work() -> None:
         async with boot_guest(tmp_path) as guest:
@@ -98,7 +96,7 @@ def test_chords(tmp_path: Path) -> None:
     run(work())
 
 
-@needs_qemu
+@needs_qemu_system
 def test_every_key_through_the_front(tmp_path: Path) -> None:
     """Extended events by physical key, then keysyms; the guest's layout is Japanese."""
 
@@ -126,7 +124,7 @@ def test_every_key_through_the_front(tmp_path: Path) -> None:
     assert not faults
 
 
-@needs_qemu
+@needs_qemu_system
 def test_yen_and_ro(tmp_path: Path) -> None:
     """A client that sends `backslash` for both keys types on Yen, or on Ro if told so; one with `yen` on
     both."""
@@ -153,7 +151,7 @@ def test_yen_and_ro(tmp_path: Path) -> None:
     run(work())
 
 
-@needs_qemu
+@needs_qemu_system
 def test_where_qemu_alone_cannot(tmp_path: Path) -> None:
     """What the front is for: QEMU's VNC drops LANG3 and LANG5; with any -k it ignores physical keys; its
     own ja map has no Yen without Shift. Should one of these fail one day, QEMU has learnt it, and
@@ -177,7 +175,7 @@ def test_where_qemu_alone_cannot(tmp_path: Path) -> None:
     run(work())
 
 
-@needs_qemu
+@needs_qemu_system
 def test_the_keymap_file_for_keysym_only_clients(tmp_path: Path) -> None:
     async def work() -> None:
         text = qemu_keymap("ja", keysym_only=True)
@@ -215,7 +213,7 @@ def test_the_keymap_file_for_keysym_only_clients(tmp_path: Path) -> None:
     run(work())
 
 
-@needs_qemu
+@needs_qemu_system
 def test_a_slow_guest_loses_nothing(tmp_path: Path) -> None:
     """A guest that takes its time: strokes with pacing arrive whole; the same events at once do not."""
     text = "The quick brown fox, " * 4
@@ -246,7 +244,7 @@ def test_a_slow_guest_loses_nothing(tmp_path: Path) -> None:
     run(work())
 
 
-@needs_qemu
+@needs_qemu_system
 def test_a_paused_guest(tmp_path: Path) -> None:
     async def work() -> None:
         async with boot_guest(tmp_path) as guest:
@@ -263,7 +261,7 @@ def test_a_paused_guest(tmp_path: Path) -> None:
     run(work())
 
 
-@needs_qemu
+@needs_qemu_system
 def test_guests_without_feedback_are_given_time(tmp_path: Path) -> None:
     async def work() -> None:
         async with boot_guest(tmp_path, options=("-device", "piix3-usb-uhci", "-device", "usb-kbd")) as guest:
@@ -276,7 +274,7 @@ def test_guests_without_feedback_are_given_time(tmp_path: Path) -> None:
     run(work())
 
 
-@needs_qemu
+@needs_qemu_system
 def test_a_guest_that_does_not_read_its_keyboard(tmp_path: Path) -> None:
     """It idles some milliseconds after the first byte: what was typed is counted, and no key is left
     pressed."""

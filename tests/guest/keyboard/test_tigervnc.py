@@ -18,7 +18,7 @@ from enban.guest.keyboard import from_x
 from enban.guest.keyboard.keys import by_name
 from enban.guest.vnc import VncFront
 from tests.guest.keyboard.boot_guest import boot_guest, scancodes
-from tests.support import needs
+from tests.support import needs, needs_qemu_system
 
 # Not F8, which is TigerVNC's menu, nor Escape: its keycode is one digit, which xdotool takes for that
 # character.
@@ -128,7 +128,7 @@ async def viewer(address: str, display: str) -> AsyncIterator[None]:
 @needs("Xvfb", "xvfb")
 @needs("xdotool", "xdotool")
 @needs("setxkbmap", "x11-xkb-utils")
-@needs("qemu-system-x86_64", "qemu-system-x86")
+@needs_qemu_system
 @pytest.mark.parametrize("host", [("jp106", "jp"), ("pc105", "us")])
 def test_keys_hit_on_an_x_host(tmp_path: Path, host: tuple[str, str]) -> None:
     async def work() -> None:
