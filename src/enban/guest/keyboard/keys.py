@@ -120,7 +120,7 @@ def by_name(name: str) -> Key:
     """A key by our name, a QKeyCode, or what people call it ("enter", "altgr"). Raises UsageError."""
     key = find(name)
     if key is None:
-        raise UsageError(f"there is no key '{name}'", hint="`enban keys show` lists them")
+        raise UsageError(f"there is no key '{name}'", hint="`enban keys show --all` lists them")
     return key
 
 

@@ -13,8 +13,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from enban.errors import HostError, from_oserror
-from enban.guest.keyboard.keys import Key, all_keys, from_evdev
+from enban.guest.keyboard.keys import all_keys, from_evdev
 from enban.guest.keyboard.layouts import Layout
+from enban.guest.keyboard.picture import key_line
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -59,18 +60,6 @@ _SEQUENCES = {
     "[[E": "f5",
     "[Z": "tab",
 }
-
-
-def key_line(key: Key, chosen: Layout) -> str:
-    """One key in one line."""
-    names = [f"evdev {key.evdev}", f"X {key.x}"] if key.evdev is not None else []
-    if key.x_kbd is not None:
-        names.append(f"kbd {key.x_kbd}")
-    names.append(f"set 1 {key.set1:02x}" if key.set1 < 0x100 else f"set 1 e0 {key.set1 & 0xFF:02x}")
-    names += [f"code {word}" for word in key.browser[:1]]
-    names.append(f"QEMU {key.qcode}")
-    legends = " ".join(text for text in (chosen.legend(key, level) for level in range(4)) if text)
-    return f"{key.name:<18}{'  '.join(names):<68}{legends}".rstrip()
 
 
 def device_lines(path: str, chosen: Layout) -> Lines:
