@@ -159,7 +159,9 @@ def test_what_is_refused_at_the_start(tmp_path: Path) -> None:
     async def work() -> None:
         front = VncFront()
         upstream = f"unix:{tmp_path}/none.sock"
-        with pytest.raises(UsageError, match="open to everybody"):
+        with pytest.raises(
+            UsageError, match=r"open to everybody, .*; listen on 127.0.0.1, and reach it through"
+        ):
             await front.start("0.0.0.0:0", upstream, "ja")
         with pytest.raises(UsageError, match="no keyboard layout"):
             await front.start("127.0.0.1:0", upstream, "xx")

@@ -87,7 +87,7 @@ class VncFront:
         if not path and not anyone and not _is_loopback(host):
             raise UsageError(
                 f"VNC on {host} would be open to everybody, without a password",
-                hint="listen on 127.0.0.1 and use an ssh tunnel, or say that anyone may",
+                hint="listen on 127.0.0.1, and reach it through an ssh tunnel",
             )
         try:
             if path:

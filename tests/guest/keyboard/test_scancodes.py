@@ -252,7 +252,9 @@ def test_a_paused_guest(tmp_path: Path) -> None:
             assert pacer.feedback
             await send_strokes(guest.qmp, text_strokes("a"), pacer=pacer)
             await guest.qmp.execute("stop")
-            with pytest.raises(PeerError, match=r"not running; 0 of 2 characters were typed; is it paused"):
+            with pytest.raises(
+                PeerError, match=r"it does not run; 0 of 2 characters were typed; is it paused"
+            ):
                 await send_strokes(guest.qmp, text_strokes("bc"), pacer=pacer)
             await guest.qmp.execute("cont")
             await guest.expect(b"\x1e\x9e")
