@@ -368,7 +368,9 @@ def test_what_the_verb_refuses(machine: Callable[..., FakeKernel], tmp_path: Pat
     assert "holds audio tracks" in refused("cdrom", "read", tmp_path / "x")
     fake.all["sr0"].errors["open"] = errno.EACCES
     assert "cannot open the drive: permission denied" in refused("cdrom", "info", "/dev/sr0")
-    assert "error" in run("cdrom", "list").out
+    listed = run("cdrom", "list")
+    assert "/dev/sr0    error" in listed.out  # and why
+    assert "/dev/sr0: cannot open the drive: permission denied; only root and the group" in listed.err[0]
     assert not list(tmp_path.iterdir())
 
 

@@ -94,6 +94,9 @@ def _list(arguments: Arguments) -> int:
         size = human_size(facts["size"]) if "size" in facts else "-"
         columns = f"{facts['device']:<12}{facts.get('state', 'error'):<12}{size:<12}"
         print(f"{columns}{shown(facts.get('volume', '-')):<18}{', '.join(marks)}".rstrip())
+    for facts in found:
+        if "error" in facts:
+            common.complain(facts["error"])
     return 0
 
 

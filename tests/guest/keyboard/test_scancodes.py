@@ -293,6 +293,8 @@ def test_a_guest_that_does_not_read_its_keyboard(tmp_path: Path) -> None:
             await send_strokes(guest.qmp, chord_strokes("f12"), pacer=pacer)
             got = await guest.until(b"\x58\xd8")
             presses, releases = got[::2], got[1::2]
-            assert 1 <= len(presses) <= 60 and releases == bytes(code | 0x80 for code in presses), got.hex(" ")
+            assert 1 <= len(presses) <= 60 and releases == bytes(code | 0x80 for code in presses), got.hex(
+                " "
+            )
 
     run(work())
