@@ -143,7 +143,7 @@ def test_devices_that_are_none(tmp_path: Path) -> None:
 def test_a_pipe_for_a_terminal() -> None:
     done = subprocess.run(
         command("keys", "test", "-k", "de"),
-        input="Äé\x01".encode(),
+        input="Äé\x01q\x1b[Aw\x1bOP\x1bx\x1b[1;5A\x1b[[B\x1b".encode(),
         capture_output=True,
         env=environment(),
         timeout=60,
@@ -152,6 +152,11 @@ def test_a_pipe_for_a_terminal() -> None:
     assert lines[1].startswith("Ä           Shift+apostrophe")
     assert lines[2].startswith("é           equal then e ")
     assert lines[3].startswith("U+0001      Ctrl+A")
+    # Keys and sequences that were read at once are told apart.
+    assert [line[12:].split()[0] for line in lines[4:8]] == ["q", "up", "w", "f1"]
+    assert lines[8].startswith("Esc x       Alt with: x           x ")
+    assert lines[9] == "Esc [ 1 ; 5 A a sequence of the terminal's own"
+    assert [line[12:].split()[0] for line in lines[10:]] == ["f2", "esc"]
 
 
 def test_a_terminal_is_put_back() -> None:
