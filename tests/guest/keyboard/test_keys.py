@@ -93,8 +93,10 @@ def test_the_x_driver() -> None:
     assert x_driver(page_up_keycode=99) == "kbd"
     for name in ("xfree86(basic)", ""):
         assert x_driver(name, page_up_keycode=99) == "kbd"
-    with pytest.raises(UsageError, match="name it: evdev or kbd"):
+    with pytest.raises(UsageError, match="from 'macintosh' and Page_Up at 124; name it: evdev or kbd"):
         x_driver("macintosh", page_up_keycode=124)
+    with pytest.raises(UsageError, match="from nothing; name it"):
+        x_driver()
 
 
 def test_names_people_use() -> None:
