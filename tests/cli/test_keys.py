@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from enban.guest.keyboard import layout, layout_names
+from enban.guest.keyboard import layout, layout_names, qemu_keymap
 from enban.guest.keyboard.keys import all_keys
 from enban.guest.keyboard.picture import describe, draw, rows
 from tests.cli.command import command, enban, environment, process, refused
@@ -48,6 +48,51 @@ def test_a_key_by_any_name(word: str) -> None:
     out = enban("keys", "show", "-k", "ja", word).out
     assert "PC set 1              0x7d\n" in out
     assert "in layout ja          \\  Shift |" in out
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        ("Eisu_toggle", "caps_lock"),
+        ("0xff2a", "grave_accent"),
+        ("0xff21", "grave_accent"),  # Kanji, which no layout has: what a client means by it
+        ("Henkan_Mode", "henkan"),
+        ("0xff0d", "ret"),
+    ],
+)
+def test_a_key_by_its_keysym(word: str, name: str) -> None:
+    out = enban("keys", "show", "-k", "ja", word).out
+    assert f"{word} as X keysym: {name}\n" in out
+
+
+def test_keysyms_of_a_key() -> None:
+    out = enban("keys", "show", "-k", "ja", "yen").out
+    assert "  X keysyms             backslash 0x5c, bar 0x7c\n" in out
+    refused("keys", "show", "-k", "en-us", "0xff2a")  # there the key has another meaning
+
+
+def test_numbers_of_old_japanese_hosts() -> None:
+    """XFree86 before 2004, on a Japanese keyboard only."""
+    for number, name in (("120", "katakanahiragana"), ("123", "ro")):
+        line = f"{number} as X keycode (kbd, before 2004): {name}\n"
+        assert line in enban("keys", "show", "-k", "ja", number).out
+        assert line not in enban("keys", "show", "-k", "de", number).out
+
+
+def test_every_key_in_one_line() -> None:
+    lines = enban("keys", "show", "-k", "ja", "--all").out.splitlines()
+    assert [line.split()[0] for line in lines] == [key.name for key in all_keys()]
+    (yen,) = [line for line in lines if line.startswith("yen ")]
+    assert yen.split("  ")[-1].strip() == "\\ |"
+    assert "evdev 124  X 132  kbd 133  set 1 7d  code IntlYen  QEMU yen  USB 89" in yen
+
+
+def test_a_keymap_file_for_qemu() -> None:
+    out = enban("keys", "show", "-k", "jp106", "--qemu-keymap").out
+    assert out == qemu_keymap("ja", keysym_only=True)
+    assert "U005c 0x7d  # backslash\n" in out and "Uff27 0x70  # Hiragana_Katakana\n" in out
+    assert "each stand alone" in refused("keys", "show", "--all", "--qemu-keymap")
+    assert "each stand alone" in refused("keys", "show", "--qemu-keymap", "a")
 
 
 def test_numbers_name_their_world() -> None:
@@ -98,7 +143,7 @@ def test_devices_that_are_none(tmp_path: Path) -> None:
 def test_a_pipe_for_a_terminal() -> None:
     done = subprocess.run(
         command("keys", "test", "-k", "de"),
-        input="Äé\x01".encode(),
+        input="Äé\x01q\x1b[Aw\x1bOP\x1bx\x1b[1;5A\x1b[[B\x1b".encode(),
         capture_output=True,
         env=environment(),
         timeout=60,
@@ -107,6 +152,11 @@ def test_a_pipe_for_a_terminal() -> None:
     assert lines[1].startswith("Ä           Shift+apostrophe")
     assert lines[2].startswith("é           equal then e ")
     assert lines[3].startswith("U+0001      Ctrl+A")
+    # Keys and sequences that were read at once are told apart.
+    assert [line[12:].split()[0] for line in lines[4:8]] == ["q", "up", "w", "f1"]
+    assert lines[8].startswith("Esc x       Alt with: x           x ")
+    assert lines[9] == "Esc [ 1 ; 5 A a sequence of the terminal's own"
+    assert [line[12:].split()[0] for line in lines[10:]] == ["f2", "esc"]
 
 
 def test_a_terminal_is_put_back() -> None:

@@ -16,6 +16,7 @@ from enban.errors import EnbanError, HostError, LockedError, NoSpaceError, PeerE
 from enban.guest import Machine, Settings, program, states
 from enban.guest.disks import GuestDisk
 from enban.guest.places import Place, name_for, running
+from tests.cli.command import refused
 from tests.guest.machines import boot_disk, count, run
 from tests.support import MIB, needs_qemu_system, qemu_check
 
@@ -333,6 +334,7 @@ def test_a_missing_or_old_qemu_is_named_with_its_package(tmp_path: Path) -> None
         ({"cpus": 0}, "processors"),
         ({"append": "x"}, "needs a kernel"),
         ({"layout": "klingon"}, "no keyboard layout 'klingon'"),
+        ({"display": "vnc", "extra": ("-k", "ja")}, "with a -k of its own QEMU ignores the keys"),
         ({"bus": "floppy"}, "no bus"),
         ({"disks": ["x"] * 4, "bus": "ide"}, "3 disks fit"),
     ],
@@ -340,6 +342,12 @@ def test_a_missing_or_old_qemu_is_named_with_its_package(tmp_path: Path) -> None
 def test_settings_no_machine_can_have(wrong: dict[str, object], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         Machine(settings(**wrong))
+
+
+def test_an_address_for_a_display_that_there_is_not() -> None:
+    for words in ((), ("--display", "gtk")):
+        said = refused("run", *words, "--vnc", "127.0.0.1:0", "disk.raw")
+        assert said.endswith("--vnc is where a VNC display listens, and there is none; give --display vnc")
 
 
 @needs_qemu_system

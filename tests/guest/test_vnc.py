@@ -159,19 +159,34 @@ def test_what_is_refused_at_the_start(tmp_path: Path) -> None:
     async def work() -> None:
         front = VncFront()
         upstream = f"unix:{tmp_path}/none.sock"
-        with pytest.raises(UsageError, match="open to everybody"):
+        with pytest.raises(
+            UsageError, match=r"open to everybody, .*; listen on 127.0.0.1, and reach it through"
+        ):
             await front.start("0.0.0.0:0", upstream, "ja")
         with pytest.raises(UsageError, match="no keyboard layout"):
             await front.start("127.0.0.1:0", upstream, "xx")
         for address in ("5900", ":5900", "host:x", "host:65536", "unix:", "host:²"):
             with pytest.raises(UsageError, match="no address"):
                 await front.start(address, upstream, "ja")
-        with pytest.raises(HostError, match="cannot listen for VNC clients"):
+        with pytest.raises(HostError, match="cannot listen: no such file or directory"):
             await front.start(f"unix:{tmp_path}/no/folder.sock", upstream, "ja")
         (tmp_path / "file").write_text("precious")
         with pytest.raises(HostError):
             await front.start(f"unix:{tmp_path}/file", upstream, "ja")
         assert (tmp_path / "file").read_text() == "precious"
+        path = tmp_path / "front.sock"
+        other = VncFront()
+        await other.start(f"unix:{path}", upstream, "ja")
+        for _ in range(2):  # the socket of a front that lives is not taken from it
+            with pytest.raises(HostError, match=r"cannot listen: .*; is another server using it"):
+                await front.start(f"unix:{path}", upstream, "ja")
+            assert path.is_socket()
+        await other.close()
+        assert not path.exists()
+        await other.start("127.0.0.1:0", upstream, "ja")
+        with pytest.raises(HostError, match=r"cannot listen for VNC clients: .*; give another port"):
+            await front.start(other.address, upstream, "ja")
+        await other.close()
         await front.start("0.0.0.0:0", upstream, "ja", anyone=True)
         with pytest.raises(UsageError, match="listening already"):
             await front.start("127.0.0.1:0", upstream, "ja")

@@ -261,13 +261,23 @@ def test_a_change_that_the_kernel_only_imagined(machine: Callable[..., FakeKerne
         assert not disk.node.file.has_changed()
 
 
-def test_between_two_looks_reads_ask_nothing(machine: Callable[..., FakeKernel]) -> None:
+def test_between_two_looks_reads_ask_nothing(
+    machine: Callable[..., FakeKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake = machine(sr0=FakeDrive(ONE))
+    now = [100.0]
+    monkeypatch.setattr(cdrom, "monotonic", lambda: now[0])
     with enban.open("/dev/sr0") as disk:
         fake.calls.clear()
         for at in range(0, 40_000, 4096):
             disk.pread(4096, at)
-        assert len(fake.calls) <= 4  # one look at most, if the machine is that slow
+        assert fake.calls == []
+        now[0] += 0.6
+        disk.pread(4096, 0)
+        looked = len(fake.calls)
+        assert looked > 0
+        disk.pread(4096, 4096)
+        assert len(fake.calls) == looked
 
 
 def test_scratches_are_told_from_a_missing_disc(machine: Callable[..., FakeKernel]) -> None:
@@ -358,8 +368,24 @@ def test_what_the_verb_refuses(machine: Callable[..., FakeKernel], tmp_path: Pat
     assert "holds audio tracks" in refused("cdrom", "read", tmp_path / "x")
     fake.all["sr0"].errors["open"] = errno.EACCES
     assert "cannot open the drive: permission denied" in refused("cdrom", "info", "/dev/sr0")
-    assert "error" in run("cdrom", "list").out
+    listed = run("cdrom", "list")
+    assert "/dev/sr0    error" in listed.out  # and why
+    assert "/dev/sr0: cannot open the drive: permission denied; only root and the group" in listed.err[0]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["first"], ["/dev/sr0"], ["/dev/cdrom"], ["first", "/dev/sr1"]])
+def test_a_drive_is_no_new_file(
+    machine: Callable[..., FakeKernel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    """Who names the drive and forgets the file gets no file with the drive's name."""
+    monkeypatch.chdir(tmp_path)
+    machine(links={"/dev/cdrom": "sr0"}, sr0=FakeDrive(ONE), sr1=FakeDrive(TWO))
+    said = refused("cdrom", "read", *words)
+    assert f"cdrom read needs the name of the new file, '{words[-1]}' is a drive" in said
+    assert "/dev/sr-none: there is no such device" in refused("cdrom", "read", "/dev/sr-none")
+    assert not list(tmp_path.iterdir()) and not Path(words[-1]).is_file()
+    assert not Path("/dev/sr-none").exists()
 
 
 def test_a_disc_longer_than_its_size(machine: Callable[..., FakeKernel], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from enban.cli import common
 from enban.cli.common import human_size, shown
 from enban.cli.options import Verb
 from enban.errors import EnbanError, HostError, NoMediumError, UsageError
-from enban.storage.cdrom import DISC, STATE_WORDS, Drive, drives, find_drive
+from enban.storage.cdrom import DISC, STATE_WORDS, Drive, drives, find_drive, is_drive
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -94,6 +94,9 @@ def _list(arguments: Arguments) -> int:
         size = human_size(facts["size"]) if "size" in facts else "-"
         columns = f"{facts['device']:<12}{facts.get('state', 'error'):<12}{size:<12}"
         print(f"{columns}{shown(facts.get('volume', '-')):<18}{', '.join(marks)}".rstrip())
+    for facts in found:
+        if "error" in facts:
+            common.complain(facts["error"])
     return 0
 
 
@@ -124,6 +127,7 @@ def _read(arguments: Arguments, names: list[str]) -> int:
     if not names:
         raise UsageError("cdrom read needs the name of the new file", hint="see: enban cdrom --help")
     *named, target = names
+    _check_target(target)
     drive = Drive(_drive_name(named))
     disc = drive.disc()
     if disc is None:
@@ -135,6 +139,19 @@ def _read(arguments: Arguments, names: list[str]) -> int:
     if not arguments.on("-q"):
         print(f"{drive.path}: {result.size} bytes read{_doubt(disc)}")
     return 0
+
+
+def _check_target(target: str) -> None:
+    """A drive where the new file is to be named is a forgotten file: it would become a file of that name."""
+    from os.path import dirname, exists
+
+    if target == "first" or is_drive(target):
+        raise UsageError(
+            f"cdrom read needs the name of the new file, '{target}' is a drive",
+            hint="for example: enban cdrom read DEV disc.iso",
+        )
+    if dirname(target) == "/dev" and not exists(target):
+        raise HostError("there is no such device", path=target, hint="see: enban cdrom list")
 
 
 def _doubt(disc: Disc) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enban.cli import common
 from enban.cli.options import Flag, Verb
+from enban.errors import UsageError
 from enban.units import parse_size
 
 TYPE_CHECKING = False
@@ -54,6 +55,8 @@ def _settings(arguments: Arguments) -> Settings:
 
     disks = arguments.operands[: len(arguments.operands) - len(arguments.tail)]
     cdrom = arguments.text("--cdrom", "none")
+    if arguments.on("--vnc") and arguments.text("--display") != "vnc":
+        raise UsageError("--vnc is where a VNC display listens, and there is none", hint="give --display vnc")
     return Settings(
         disks=[_disk(arguments, name) for name in disks],
         snapshot=arguments.on("--snapshot"),

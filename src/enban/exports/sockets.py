@@ -14,8 +14,9 @@ BACKLOG = 128
 _FIRST_PASSED_FD = 3  # by the protocol of sd_listen_fds(3)
 
 
-def listen_unix(path: str) -> socket.socket:
-    """Listen on a unix socket. Raises HostError, UsageError if a server is there already."""
+def listen_unix(path: str, *, mode: int | None = None) -> socket.socket:
+    """Listen on a unix socket; HostError if a server is there already. mode: its permissions, set before
+    anybody can connect; the umask's if None. Raises HostError, UsageError for a path that is too long."""
     sock = socket.socket(socket.AF_UNIX)
     try:
         try:
@@ -25,6 +26,8 @@ def listen_unix(path: str) -> socket.socket:
                 raise
             os.unlink(path)
             sock.bind(path)
+        if mode is not None:
+            os.chmod(path, mode)
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()

@@ -147,8 +147,7 @@ async def _snapshot_save(machine: Machine, request: Mapping[str, Any]) -> Any:
 
 
 async def _keys(machine: Machine, request: Mapping[str, Any]) -> Any:
-    for chord in request.get("chords", ()):
-        await machine.press(str(chord))
+    await machine.press(" ".join(map(str, request.get("chords", ()))))
 
 
 async def _type(machine: Machine, request: Mapping[str, Any]) -> Any:

@@ -195,6 +195,16 @@ class Disks:
         assert self._server is not None
         self._server.exports[disc.id] = disc.export
 
+    @property
+    def exports(self) -> list[str]:
+        """Names of what QEMU can reach."""
+        return list(self._server.exports) if self._server is not None else []
+
+    def withdraw_disc(self, disc: GuestDisk) -> None:
+        """Serve a disc no more that was not inserted after all."""
+        assert self._server is not None
+        self._server.exports.pop(disc.id, None)
+
     def find(self, word: str) -> GuestDisk:
         """A disk by its id, its number or its file's name. Raises UsageError."""
         for one in self.disks:

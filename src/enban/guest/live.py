@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from ..errors import PeerError, UsageError, from_oserror
+from ..errors import EnbanError, PeerError, UsageError, from_oserror
 from ..storage.cdrom import DISC, CdromStorage, Drive
 from .command import DRIVE
 from .settings import LAYOUT, VHOST
@@ -54,14 +55,30 @@ async def insert_cdrom(machine: Machine, path: str) -> None:
     try:
         await eject_cdrom(machine)
         disks.serve_disc(disc)
-        await machine.execute("blockdev-add", disc.next_node(disks.socket))
-        await machine.execute("blockdev-add", disc.format_node())
-        await machine.execute("blockdev-insert-medium", {"id": DRIVE, "node-name": disc.id})
-        await machine.execute("blockdev-close-tray", {"id": DRIVE})
+        try:
+            await machine.execute("blockdev-add", disc.next_node(disks.socket))
+            await machine.execute("blockdev-add", disc.format_node())
+            await machine.execute("blockdev-insert-medium", {"id": DRIVE, "node-name": disc.id})
+            await machine.execute("blockdev-close-tray", {"id": DRIVE})
+        except BaseException:
+            await _let_go(machine, disc)
+            raise
     except BaseException:
         await asyncio.to_thread(disc.disk.close)
         raise
     await asyncio.to_thread(disks.change_disc, disc)
+
+
+async def _let_go(machine: Machine, disc: GuestDisk) -> None:
+    """Take back what an insertion had done before it failed, so that it can be tried again and again."""
+    for command, arguments in (
+        ("blockdev-remove-medium", {"id": DRIVE}),
+        ("blockdev-del", {"node-name": disc.id}),
+        ("blockdev-del", {"node-name": disc.node}),
+    ):
+        with contextlib.suppress(EnbanError):  # what it had not come to
+            await machine.execute(command, arguments)
+    machine.disk_set.withdraw_disc(disc)
 
 
 async def eject_cdrom(machine: Machine) -> None:

@@ -73,6 +73,7 @@ class Machine:
         self._watcher: asyncio.Task[None] | None = None
         self._follower: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()
+        self._typing = asyncio.Lock()  # one text after the other
         self._ended = asyncio.Event()
         self._loading = False  # a QEMU that ends now is not the end of the machine
         self._starts = 0
@@ -566,7 +567,8 @@ class Machine:
     async def type_text(self, text: str, layout: str = "") -> None:
         """Type a text on the guest's keyboard. layout: that the guest is set to; "" is the machine's.
         Raises UsageError, with nothing typed, if the layout lacks a character."""
-        await live.type_text(self, text, layout)
+        async with self._typing:
+            await live.type_text(self, text, layout)
 
     async def _keys_were_read(self) -> None:
         """Between two key events of a VNC client: wait shortly for a busy guest."""
@@ -575,8 +577,10 @@ class Machine:
         await self._pacer.settle()
 
     async def press(self, chord: str) -> None:
-        """Press keys together: "ctrl-alt-delete"."""
-        await live.press(self, chord)
+        """Press keys together: "ctrl-alt-delete"; several chords, with blanks between, one after the other.
+        Raises UsageError, with nothing pressed, for a key that there is not."""
+        async with self._typing:
+            await live.press(self, chord)
 
     async def screenshot(self, path: str) -> None:
         """Write what the screen shows to a PNG file, which appears whole."""

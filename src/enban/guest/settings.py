@@ -109,4 +109,9 @@ class Settings:
             raise UsageError("an initrd or a kernel command line needs a kernel", hint="give --kernel")
         if self.layout:
             find_layout(self.layout)
+        if self.display == "vnc" and {"-k", "--k"} & set(self.extra):
+            raise UsageError(
+                "with a -k of its own QEMU ignores the keys that the VNC front tells it",
+                hint="leave it out of QEMU's arguments; run -k is the guest's layout",
+            )
         self.disk_list()

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import os
-import stat
 from typing import TYPE_CHECKING
 
 from enban.errors import EnbanError, PeerError, UsageError, from_oserror
+from enban.exports import sockets
 from enban.guest.keyboard.keys import Key, from_vnc
 from enban.guest.keyboard.keysyms import KeysymTranslator
 from enban.guest.keyboard.layouts import layout as find_layout
@@ -87,21 +88,22 @@ class VncFront:
         if not path and not anyone and not _is_loopback(host):
             raise UsageError(
                 f"VNC on {host} would be open to everybody, without a password",
-                hint="listen on 127.0.0.1 and use an ssh tunnel, or say that anyone may",
+                hint="listen on 127.0.0.1, and reach it through an ssh tunnel",
             )
+        if path:
+            # Bound by us: asyncio would take the path from a front that still listens there.
+            taken = sockets.listen_unix(path, mode=0o600)
+            self._server = await asyncio.start_unix_server(self._accept, sock=taken)
+            self._path = path
+            self.address = listen
+            return
         try:
-            if path:
-                _remove_stale(path)
-                self._server = await asyncio.start_unix_server(self._accept, path)
-                os.chmod(path, 0o600)
-                self._path = path
-                self.address = listen
-            else:
-                self._server = await asyncio.start_server(self._accept, host, port)
-                found = self._server.sockets[0].getsockname()
-                self.address = f"[{found[0]}]:{found[1]}" if ":" in found[0] else f"{found[0]}:{found[1]}"
+            self._server = await asyncio.start_server(self._accept, host, port)
         except OSError as error:
-            raise from_oserror(error, "listen for VNC clients", path or listen) from error
+            hint = "give another port; 0 is any that is free" if error.errno == errno.EADDRINUSE else ""
+            raise from_oserror(error, "listen for VNC clients", listen, hint=hint) from error
+        found = self._server.sockets[0].getsockname()
+        self.address = f"[{found[0]}]:{found[1]}" if ":" in found[0] else f"{found[0]}:{found[1]}"
 
     async def close(self) -> None:
         """Stop listening and hang up on every client. May be called twice."""
@@ -234,22 +236,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _remove_stale(path: str) -> None:
-    """A socket that a killed front left would make listening fail; anything else is not ours to remove."""
-    import socket
-
-    try:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            return
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
 
 
 async def _connect(address: str) -> Streams:

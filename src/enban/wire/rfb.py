@@ -2,8 +2,9 @@
 
     ServerHandshake   towards a VNC client, up to its ClientInit
     ClientHandshake   towards a VNC server, up to its ServerInit
-    ClientMessages    what a client sends afterwards, cut into messages; key events parsed, the rest as it
-    came key_event, extended_key_event, ...   the messages built
+    ClientMessages    what a client sends afterwards, cut into messages: key events parsed, the rest as
+                      it came
+    key_event, extended_key_event, set_encodings, update_request   messages built
 
 The rule: bytes in, events out, no sockets and no waiting; a length from the peer is checked against a limit
 before anything waits for that many bytes. By RFC 6143 (RFB 3.8) and the community's rfbproto document

@@ -104,6 +104,15 @@ class BootGuest:
         got = await self.read(len(wanted))
         assert got == wanted, f"{got.hex(' ')} instead of {wanted.hex(' ')}"
 
+    async def until(self, last: bytes) -> bytes:
+        """What the guest read before it read `last`."""
+        got = b""
+        while not got.endswith(last):
+            piece = await self.read(1)
+            assert piece, f"{last.hex(' ')} did not come after {got.hex(' ')}"
+            got += piece
+        return got[: -len(last)]
+
     async def mark(self) -> None:
         """Nothing is on its way: F12 comes next."""
         for down in (True, False):

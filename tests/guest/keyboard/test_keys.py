@@ -6,6 +6,7 @@ import csv
 import ctypes.util
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -92,8 +93,10 @@ def test_the_x_driver() -> None:
     assert x_driver(page_up_keycode=99) == "kbd"
     for name in ("xfree86(basic)", ""):
         assert x_driver(name, page_up_keycode=99) == "kbd"
-    with pytest.raises(UsageError, match="name it: evdev or kbd"):
+    with pytest.raises(UsageError, match="from 'macintosh' and Page_Up at 124; name it: evdev or kbd"):
         x_driver("macintosh", page_up_keycode=124)
+    with pytest.raises(UsageError, match="from nothing; name it"):
+        x_driver()
 
 
 def test_names_people_use() -> None:
@@ -175,3 +178,11 @@ def test_every_layout_types_ascii() -> None:
     for name in layout_names():
         missing = {chr(code) for code in range(32, 127)} - layout(name).ways.keys()
         assert not missing, (name, missing)
+
+
+def test_every_package_has_the_notices_of_the_data() -> None:
+    """The tables go into the wheel, so the licences of what they are made of must too."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        patterns = tomllib.load(file)["project"]["license-files"]
+    found = {path.name for pattern in patterns for path in ROOT.glob(pattern)}
+    assert found >= {"LICENSE", "LICENSE.keycodemapdb", "LICENSE.xkb-data"}

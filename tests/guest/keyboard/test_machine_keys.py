@@ -46,6 +46,23 @@ def test_keys_of_a_running_machine(tmp_path: Path) -> None:
             await arrived(machine, "1d 38 e0 53 e0 d3 b8 9d 79 f9")
             said = await asyncio.to_thread(refused, "ctl", "keys", "type", "aé")
             assert "layout ja cannot type 'é'" in said and "nothing was typed" in said
+            said = await asyncio.to_thread(refused, "ctl", "keys", "keys", "x", "ctrl-nokey")
+            assert "there is no key 'nokey'; `enban keys show --all` lists them" in said
+            said = await asyncio.to_thread(refused, "ctl", "keys", "keys")
+            assert said == "enban: keys takes KEYS...; see: enban ctl --help"
+            before = len(machine.console.text)  # of x nothing was pressed
+            await asyncio.gather(machine.type_text("aaaaaaaa"), machine.type_text("bbbbbbbb"))
+            await machine.press("esc f12")
+            await arrived(machine, "01 81 58 d8")
+            assert bytes(machine.console.text[before:]).decode() in (
+                f"{8 * first}{8 * second}01 81 58 d8 "  # never mixed
+                for first, second in (("1e 9e ", "30 b0 "), ("30 b0 ", "1e 9e "))
+            )
+            await machine.pause()
+            said = await asyncio.to_thread(refused, "ctl", "keys", "type", "ab")
+            assert said.startswith("enban: the guest takes no keys: it does not run; 0 of 2 characters were")
+            assert "is it paused? let it go on (`enban ctl NAME resume`" in said
+            await machine.resume()
             (address,) = [line.removeprefix("VNC: ") for line in lines if line.startswith("VNC: ")]
             async with vnc_client(address) as client:
                 await client.keysym(True, ord("@"))

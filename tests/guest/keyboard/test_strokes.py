@@ -91,9 +91,10 @@ def test_many_missing_characters_are_counted() -> None:
 
 
 def test_chords() -> None:
-    assert [stroke.names for stroke in chord_strokes("ctrl-alt-delete alt+F2 ctrl-- - Win")] == [
+    assert [stroke.names for stroke in chord_strokes("ctrl-alt-delete alt+F2 ctrl-- ctrl+- - Win")] == [
         ("ctrl", "alt", "delete"),
         ("alt", "f2"),
+        ("ctrl", "minus"),
         ("ctrl", "minus"),
         ("minus",),
         ("meta_l",),

@@ -1,11 +1,14 @@
 """Keyboards: every key of every host to a guest, and text typed into it.
 
-key_data, layout_data   generated tables: keys in each world, what each key gives in each layout
-keys                    the physical keys; from X, Wayland, browsers, USB, VNC to what the guest must
-receive layouts                 ten layouts; how each character is typed strokes                 text
-and chords as key strokes send                    strokes to QEMU through QMP, no key lost keysyms
-live X keysyms (plain VNC clients), Shift and AltGr put right qemu_keymap             what QEMU's `-k`
-is given, and when nothing picture                 a layout drawn in a terminal
+key_data, layout_data  generated tables: keys in each world, what each key gives in each layout
+keys                   the physical keys; from X, Wayland, browsers, USB, VNC to what the guest must receive
+layouts                eleven layouts; how each character is typed
+strokes                text and chords as key strokes
+send                   strokes to QEMU through QMP, no key lost
+keysyms                live X keysyms (plain VNC clients), Shift and AltGr put right
+keymap_file            what QEMU's `-k` is given, and when nothing
+picture                a layout drawn in a terminal, a key described
+testing                which keys are pressed, seen on a device or in a terminal
 """
 
 from __future__ import annotations

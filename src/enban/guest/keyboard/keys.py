@@ -120,7 +120,7 @@ def by_name(name: str) -> Key:
     """A key by our name, a QKeyCode, or what people call it ("enter", "altgr"). Raises UsageError."""
     key = find(name)
     if key is None:
-        raise UsageError(f"there is no key '{name}'", hint="`enban keys show` lists them")
+        raise UsageError(f"there is no key '{name}'", hint="`enban keys show --all` lists them")
     return key
 
 
@@ -202,5 +202,7 @@ def x_driver(keycodes_name: str = "", *, page_up_keycode: int = 0) -> str:
             key = from_x(page_up_keycode, driver)
             if key is not None and key.name == "pgup":
                 return driver
-    what = f"'{keycodes_name}'" if name else f"Page_Up at {page_up_keycode}"
+    told = [f"'{keycodes_name}'"] if name else []
+    told += [f"Page_Up at {page_up_keycode}"] if page_up_keycode else []
+    what = " and ".join(told) or "nothing"
     raise UsageError(f"cannot tell the X keyboard driver from {what}", hint="name it: evdev or kbd")

@@ -85,6 +85,11 @@ def keysym_number(name: str) -> int:
     return _keysym_table()[name][0]
 
 
+def find_keysym(name: str) -> int:
+    """The number of a keysym of any layout by its name ("Zenkaku_Hankaku"), 0 if there is none."""
+    return _keysym_table().get(name, (0, ""))[0]
+
+
 def keysym_name(number: int) -> str:
     """The name of a keysym of any layout, or its number in hex."""
     return _names().get(number, f"{number:#x}")

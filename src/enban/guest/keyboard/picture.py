@@ -9,7 +9,8 @@ import unicodedata
 
 from enban.guest.keyboard import keys
 from enban.guest.keyboard.keys import Key, all_keys, by_name
-from enban.guest.keyboard.layouts import DEAD, Layout, symbol_character
+from enban.guest.keyboard.keysyms import JAPANESE_ONLY, KEY_OF
+from enban.guest.keyboard.layouts import DEAD, Layout, find_keysym, keysym_number, symbol_character
 
 # The keys that every keyboard has; what differs is in `rows`.
 _TOP = ["1", "2", "3", "4", "5", "6", "7", "8", "9", "0", "minus", "equal"]
@@ -123,6 +124,7 @@ def describe(key: Key, chosen: Layout) -> list[str]:
         ("X, evdev driver", key.x),
         ("X, old kbd driver", key.x_kbd),
         ("XKB", ", ".join(f"<{name}>" for name in key.xkb)),
+        ("X keysyms", _keysyms(key, chosen)),
         ("KeyboardEvent.code", ", ".join(key.browser)),
         ("USB HID", f"{key.usb:#04x}" if key.usb is not None else None),
         ("Windows (US)", f"{key.windows:#04x}" if key.windows is not None else None),
@@ -130,6 +132,26 @@ def describe(key: Key, chosen: Layout) -> list[str]:
     ]
     lines += [f"  {title:<22}{value}" for title, value in facts if value not in (None, "")]
     return lines
+
+
+def _keysyms(key: Key, chosen: Layout) -> str:
+    """What X calls the meanings that a layout gives a key, plain first, each once."""
+    names = dict.fromkeys(name for name in chosen.levels.get(key, ()) if name)
+    return ", ".join(f"{name} {keysym_number(name):#x}" for name in names)
+
+
+def key_line(key: Key, chosen: Layout) -> str:
+    """One key in one line: our name, those of other worlds, what the layout has on it."""
+    names = [f"evdev {key.evdev}", f"X {key.x}"] if key.evdev is not None else []
+    if key.x_kbd is not None:
+        names.append(f"kbd {key.x_kbd}")
+    names.append(f"set 1 {key.set1:02x}" if key.set1 < 0x100 else f"set 1 e0 {key.set1 & 0xFF:02x}")
+    names += [f"code {word}" for word in key.browser[:1]]
+    names.append(f"QEMU {key.qcode}")
+    if key.usb is not None:
+        names.append(f"USB {key.usb:02x}")
+    legends = " ".join(text for text in (chosen.legend(key, level) for level in range(4)) if text)
+    return f"{key.name:<18}{'  '.join(names):<76}  {legends}".rstrip()
 
 
 # The worlds whose numbers `find_keys` looks through.
@@ -144,13 +166,16 @@ _WORLDS = (
 
 
 def find_keys(text: str, chosen: Layout) -> list[tuple[str, Key]]:
-    """The keys that a word of a user may mean: what types a character, a name, or a number in some world
-    (which is named then, else "")."""
+    """The keys that a word of a user may mean: what types a character, a name (a keysym's too), or a number
+    in some world (which is named then, else "")."""
     if len(text) == 1 and text in chosen.ways:
         return [("", key) for key, _ in chosen.ways[text].presses]
     named = keys.find(text) or keys.from_browser(text) or keys.from_xkb(text.strip("<>"))
     if named is not None:
         return [("", named)]
+    keysym = find_keysym(text)
+    if keysym:
+        return [("X keysym", key) for key in _with_keysym(keysym, chosen)]
     try:
         number = int(text, 0)
     except ValueError:
@@ -160,7 +185,20 @@ def find_keys(text: str, chosen: Layout) -> list[tuple[str, Key]]:
         for key in all_keys():
             if getattr(key, world) == number:
                 found.setdefault(key, title)
+    if chosen.name == "ja" and (old := keys.from_x(number, "kbd", japanese=True)) is not None:
+        found.setdefault(old, "X keycode (kbd, before 2004)")
+    if number > 0xFF:  # below they are characters, and everything else's numbers
+        for key in _with_keysym(number, chosen):
+            found.setdefault(key, "X keysym")
     return [(title, key) for key, title in found.items()]
+
+
+def _with_keysym(keysym: int, chosen: Layout) -> list[Key]:
+    """The keys that give a keysym in a layout, else the one that a client means by it."""
+    found = list(dict.fromkeys(key for key, _ in chosen.places(keysym)))
+    if not found and keysym in KEY_OF and (chosen.name == "ja" or keysym not in JAPANESE_ONLY):
+        found.append(by_name(KEY_OF[keysym]))
+    return found
 
 
 def typing(character: str, chosen: Layout) -> str:

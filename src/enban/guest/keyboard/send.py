@@ -95,7 +95,7 @@ async def send_strokes(
             await _send(qmp, stroke, pacer)
             done += len(stroke.text)
     except Exception as caught:
-        error = caught if isinstance(caught, PeerError) else _refusal(caught)
+        error = _refusal(caught)
         if error is None:
             raise
         total = sum(len(stroke.text) for stroke in strokes)
@@ -105,11 +105,16 @@ async def send_strokes(
 
 
 def _refusal(error: Exception) -> PeerError | None:
-    """An error answer of QEMU's monitor (as qemu.qmp raises it) as ours; None for any other error."""
-    if type(error).__name__ != "ExecuteError":
+    """An error answer of QEMU's monitor as ours, whether qemu.qmp raised it or a Machine; None for any
+    other error."""
+    if not isinstance(error, PeerError) and type(error).__name__ != "ExecuteError":
         return None
-    hint = "is it paused? `cont` lets it run" if "not running" in str(error) else ""
-    return PeerError(f"the guest takes no keys: {error}", hint=hint)
+    if "not running" in str(error):
+        return PeerError(
+            "the guest takes no keys: it does not run",
+            hint="is it paused? let it go on (`enban ctl NAME resume`, or `cont` to QEMU)",
+        )
+    return error if isinstance(error, PeerError) else PeerError(f"the guest takes no keys: {error}")
 
 
 async def _send(qmp: Monitor, stroke: Stroke, pacer: Pacer) -> None:

@@ -82,9 +82,13 @@ def chord_strokes(text: str, *, hold_ms: int = 0) -> list[Stroke]:
     """
     strokes = []
     for word in text.split():
-        parts = word.replace("+", "-").split("-") if word not in ("-", "+") else ["minus"]
-        if word.endswith("--"):
-            parts = [*word[:-2].split("-"), "minus"] if len(word) > 2 else ["minus"]
+        plain = word.replace("+", "-")
+        if plain in ("-", "--"):
+            parts = ["minus"]
+        elif plain.endswith("--"):
+            parts = [*plain[:-2].split("-"), "minus"]
+        else:
+            parts = plain.split("-")
         found = [keys.by_name(part) for part in parts]
         qcodes = [key.qcode for key in found]
         if len(set(qcodes)) < len(qcodes):

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 import struct
 import sys
 from typing import TYPE_CHECKING, Any
 
 from enban.errors import HostError, from_oserror
-from enban.guest.keyboard.keys import Key, all_keys, from_evdev
+from enban.guest.keyboard.keys import all_keys, from_evdev
 from enban.guest.keyboard.layouts import Layout
+from enban.guest.keyboard.picture import key_line
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 _EVENT = struct.Struct("@llHHi")  # struct input_event: time (two longs), type, code, value
 _EV_KEY = 1
 _VALUES = {0: "release", 1: "press", 2: "repeat"}
+# A piece of what a terminal sends: a sequence, Alt with a character, or a character.
+_PIECE = re.compile(r"\x1b\[\[?[0-9;]*[ -~]|\x1bO[ -~]|\x1b[^\x1b]|.", re.DOTALL)
 _END = ("\x03", "\x04")  # Ctrl-C, Ctrl-D
 # What terminals of the xterm family send, and the Linux console.
 _SEQUENCES = {
@@ -59,18 +63,6 @@ _SEQUENCES = {
     "[[E": "f5",
     "[Z": "tab",
 }
-
-
-def key_line(key: Key, chosen: Layout) -> str:
-    """One key in one line."""
-    names = [f"evdev {key.evdev}", f"X {key.x}"] if key.evdev is not None else []
-    if key.x_kbd is not None:
-        names.append(f"kbd {key.x_kbd}")
-    names.append(f"set 1 {key.set1:02x}" if key.set1 < 0x100 else f"set 1 e0 {key.set1 & 0xFF:02x}")
-    names += [f"code {word}" for word in key.browser[:1]]
-    names.append(f"QEMU {key.qcode}")
-    legends = " ".join(text for text in (chosen.legend(key, level) for level in range(4)) if text)
-    return f"{key.name:<18}{'  '.join(names):<68}{legends}".rstrip()
 
 
 def device_lines(path: str, chosen: Layout) -> Lines:
@@ -111,14 +103,12 @@ def terminal_lines(chosen: Layout) -> Lines:
             data = os.read(file, 256)
             if not data:
                 return
-            text = decoder.decode(data)
-            if text.startswith("\x1b") and len(text) > 1:  # a terminal sends a sequence in one piece
-                yield _sequence_line(text, chosen), True
-                continue
-            for character in text:
-                if character in _END and restore is not None:
+            # A terminal sends a sequence in one piece, and with it what was typed quickly before and after.
+            for piece in _PIECE.findall(decoder.decode(data)):
+                if piece in _END and restore is not None:
                     return
-                yield _character_line(character, chosen), True
+                line = _character_line if len(piece) == 1 else _sequence_line
+                yield line(piece, chosen), True
     finally:
         if restore is not None:
             import termios
@@ -144,11 +134,13 @@ def _raw(file: int) -> list[Any] | None:
 
 def _sequence_line(text: str, chosen: Layout) -> str:
     name = _SEQUENCES.get(text[1:])
-    shown = "Esc " + " ".join(text[1:])
+    shown = "Esc " + " ".join(character if character.isprintable() else "?" for character in text[1:])
+    if len(text) == 2:
+        return f"{shown + ' ':<12}Alt with: {_character_line(text[1], chosen)}"
     for key in all_keys():
         if key.name == name:
-            return f"{shown:<12}{key_line(key, chosen)}"
-    return f"{shown:<12}a sequence of the terminal's own"
+            return f"{shown + ' ':<12}{key_line(key, chosen)}"
+    return f"{shown + ' ':<12}a sequence of the terminal's own"
 
 
 def _character_line(character: str, chosen: Layout) -> str:
