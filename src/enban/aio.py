@@ -205,7 +205,7 @@ class AsyncDisk:
         await self.door.apply_snapshot(name)
 
     async def delete_snapshot(self, name: str) -> None:
-        """Remove a snapshot (id or name)."""
+        """Remove a snapshot (name or id)."""
         await self.door.delete_snapshot(name)
 
     @property

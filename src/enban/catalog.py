@@ -12,7 +12,15 @@ import os
 
 from .block.door import Door, close_chain
 from .block.gate import SIBLINGS
-from .errors import CorruptImageError, EnbanError, GateError, ImageError, UnknownFormatError, UsageError
+from .errors import (
+    CorruptImageError,
+    EnbanError,
+    GateError,
+    ImageError,
+    LockedError,
+    UnknownFormatError,
+    UsageError,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -158,16 +166,31 @@ class Opener:
         seen: set[Any] = set()
         top = node = await self._open_one(parse_reference(reference), format, writable, seen)
         try:
-            below = self._below(node, parse_reference(reference)) if backing else None
-            while below is not None:
-                options, below_format = below
-                node.backing = await self._open_one(options, below_format, False, seen)
-                node = node.backing
-                below = self._below(node, options)
+            options = parse_reference(reference) if backing else None
+            while options is not None:
+                options = await self._open_below(top, node, options, seen)
+                node = node.backing or node
         except BaseException:
             await _close_quietly(top)
             raise
         return top
+
+    async def _open_below(self, top: Node, node: Node, options: Options, seen: set[Any]) -> Options | None:
+        """Open what is next under a node, if there is anything; by which options it was opened."""
+        try:
+            below = self._below(node, options)
+            if below is None:
+                return None
+            try:
+                node.backing = await self._open_one(*below, False, seen)
+            except LockedError as error:
+                refuse_loop(top, error)
+                raise
+            return below[0]
+        except EnbanError as error:
+            if "backing" not in options:
+                error.named_by(node.name, "backing file")
+            raise
 
     def _below(self, node: Node, options: Options) -> tuple[Options, str] | None:
         """What to open under a node: as the options say, else as the image says."""
@@ -202,11 +225,7 @@ class Opener:
             storage = await self.open_storage(options, writable=writable)
         try:
             if storage.identity in seen:
-                raise CorruptImageError(
-                    "the backing chain comes back to this file",
-                    path=storage.name,
-                    hint="run: enban rebase -u",
-                )
+                raise loop(storage.name)
             seen.add(storage.identity)
             node = await self._open_format(storage, options, format, writable)
             if self.snapshot_name and len(seen) == 1:
@@ -267,14 +286,17 @@ class Opener:
         if node.external and not self.metadata_only:
             given = options.get("data-file")
             if given is not None:
-                reference = parse_reference(given)
+                node.data = await self.open_storage(parse_reference(given), writable=writable)
             else:
                 name = data_file_name(node)
                 if not name:
                     raise ImageError("the image needs a data file but names none", path=node.name)
                 self.gate.check(name, image=node.name, role="data file")
-                reference = self.resolve(name, node.name)
-            node.data = await self.open_storage(reference, writable=writable)
+                try:
+                    node.data = await self.open_storage(self.resolve(name, node.name), writable=writable)
+                except EnbanError as error:
+                    error.named_by(node.name, "data file")
+                    raise
         if writable and node.header.incompatible & DIRTY and not self.metadata_only:
             from .formats.qcow2.repair import repair_dirty
 
@@ -353,6 +375,26 @@ class Opener:
             create=create,
             heir_of=elder if isinstance(elder, FileStorage) else None,
         )
+
+
+def loop(name: str) -> CorruptImageError:
+    """The error of a chain that names one of its files again."""
+    return CorruptImageError(
+        "the backing chain comes back to this file", path=name, hint="run: enban rebase -u"
+    )
+
+
+def refuse_loop(top: Node, error: LockedError) -> None:
+    """Raise CorruptImageError if what stands in the way of opening a file is the chain's own lock of it."""
+    node: Node | None = top
+    while node is not None:
+        try:
+            own = os.path.samefile(node.file.name, error.path)
+        except OSError:
+            own = False
+        if own:
+            raise loop(error.path) from error
+        node = node.backing
 
 
 def _refuse_filters(options: Options, image: str) -> None:

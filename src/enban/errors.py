@@ -22,6 +22,7 @@ class EnbanError(Exception):
     path: the file or URI it happened to, if one is known.
     offset: byte offset inside `path`, if one is known.
     hint: what the reader can do about it, one clause.
+    role: what `path` is to the image that names it ("backing file of top.qcow2"), if an image does.
     """
 
     def __init__(self, what: str, *, path: str = "", offset: int | None = None, hint: str = "") -> None:
@@ -30,9 +31,20 @@ class EnbanError(Exception):
         self.path = path
         self.offset = offset
         self.hint = hint
+        self.role = ""
+
+    def named_by(self, image: str, role: str) -> None:
+        """Say which image names the file the error is about. The first to say so knows best; nobody need
+        say it of an error of the image itself."""
+        if not self.path:
+            self.path = image
+            self.what = f"{role}: {self.what}"
+        elif not self.role and self.path != image:
+            self.role = f"{role} of {image}"
 
     def __str__(self) -> str:
-        text = f"{self.path}: {self.what}" if self.path else self.what
+        where = f"{self.path} ({self.role})" if self.role else self.path
+        text = f"{where}: {self.what}" if where else self.what
         if self.offset is not None:
             text += f" (at offset {self.offset:#x})"
         if self.hint:

@@ -83,8 +83,8 @@ def test_key_values() -> None:
 
 def test_snapshot_meants() -> None:
     assert snapshot_meant("before") == "before"
-    assert snapshot_meant("snapshot.name=a b") == "a b"
-    assert snapshot_meant("snapshot.id=1") == "1"
+    assert snapshot_meant("snapshot.name=a b,,c=d") == "snapshot.name=a b,c=d"
+    assert snapshot_meant("snapshot.id=1") == "snapshot.id=1"
     for wrong in ("snapshot.id=1,snapshot.name=a", "snapshot.date=1"):
         with pytest.raises(UsageError):
             snapshot_meant(wrong)

@@ -119,6 +119,24 @@ def test_tables_are_read_without_a_passphrase(folder: Path) -> None:
     enban("measure", "-O", "qcow2", "x.qcow")
 
 
+def test_verbs_that_need_no_passphrase_know_secrets_too(folder: Path) -> None:
+    """So that one name of an image, with its secret, goes with every verb."""
+    enban("create", "-q", "-f", "qcow", "-o", "encryption=on", "-b", "a.raw", "-F", "raw", "x.qcow")
+    secret = ("--object", "secret,id=s0,file=key", "--image-opts")
+    name = "driver=qcow,encrypt.key-secret=s0,file.filename=x.qcow"
+    assert "encrypted: yes" in enban("info", *secret, name).out
+    assert enban("check", *secret, name).out.startswith("No errors")
+    enban("map", "--output=json", *secret, name)
+    enban("measure", "-O", "qcow2", *secret, name)
+    assert enban("snapshot", "-l", *secret, name).out == ""
+    assert "has no dirty bitmaps" in refused("bitmap", "--add", *secret, name, "b")
+    assert "nothing can be amended" in refused("amend", "-o", "compat=1.1", *secret, name)
+    enban("stream", *secret, name)
+    Path("a.raw").unlink()
+    with library.open("x.qcow", passphrase=PASSPHRASE) as disk:
+        assert disk.pread(MIB, 0) == pattern(MIB)
+
+
 def test_one_line_for_what_is_missing_or_wrong(folder: Path) -> None:
     enban(
         *("convert", "-f", "raw", "-O", "qcow", "-o", "encrypt.format=aes,encrypt.key-file=key"),

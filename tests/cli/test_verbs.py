@@ -53,7 +53,7 @@ def converted(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         ("-S 64k a b", {"sparse_size": 65536}),
         ("-S 0 a b", {"sparse_size": 0}),
         ("a b", {"sparse_size": None, "workers": None, "compress": False, "offload": False}),
-        ("-l snapshot.name=x a b", {"snapshot": "x"}),
+        ("-l snapshot.name=x a b", {"snapshot": "snapshot.name=x"}),
         ("-B base -F raw a b", {"backing": "base", "backing_format": "raw"}),
         ("-t none -T unsafe a b", {"target_cache": "none", "source_cache": "unsafe"}),
         ("a b", {"target_cache": "writeback", "source_cache": "writeback"}),

@@ -11,6 +11,7 @@ import enban
 from enban.block.disk import Disk
 from enban.block.runtime import BLOCKING, drive
 from enban.catalog import open_door
+from enban.cli import main
 from tests.support import make_qcow2, needs_qemu_img, qemu_check, qemu_img
 
 SHAPES = [
@@ -84,6 +85,29 @@ def test_both_programs_on_one_image(tmp_path: Path, shape: dict[str, object], se
         assert out.read_bytes()[:length] == content[:length]
         with Disk(drive(open_door(str(path), BLOCKING, snapshot_name=name))) as disk:
             assert disk.pread(disk.size, 0) == content
+
+
+@needs_qemu_img
+def test_both_mean_the_same_by_a_name_that_is_the_id_of_another(tmp_path: Path) -> None:
+    ours, theirs = (make_qcow2(tmp_path / name, 1 << 20) for name in ("ours", "theirs"))
+    for path in (ours, theirs):
+        for name in ("a", "1"):
+            with enban.open(path, writable=True) as disk:
+                disk.pwrite(name.encode(), 0)
+                disk.create_snapshot(name)
+    outs = tmp_path / "ours.raw", tmp_path / "theirs.raw"
+    assert main(["convert", "-l", "1", "-O", "raw", str(ours), str(outs[0])]) == 0
+    qemu_img("convert", "-l", "1", "-O", "raw", theirs, outs[1])
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+    assert main(["snapshot", "-a", "1", str(ours)]) == 0
+    qemu_img("snapshot", "-a", "1", theirs)
+    assert main(["snapshot", "-d", "1", str(ours)]) == 0
+    qemu_img("snapshot", "-d", "1", theirs)
+    found = []
+    for path in (ours, theirs):
+        with enban.open(path) as disk:
+            found.append((disk.pread(1, 0), [(s.id, s.name) for s in disk.snapshots]))
+    assert found[0] == found[1]
 
 
 @needs_qemu_img

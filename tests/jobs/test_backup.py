@@ -15,6 +15,9 @@ import enban.aio
 from enban.block.disk import Disk
 from enban.cli import main
 from enban.errors import EnbanError, HostError, ImageError, LockedError, UnsupportedOperationError, UsageError
+from enban.jobs.create import Target
+from enban.jobs.journal import Journal
+from enban.jobs.output import partial_name
 from tests.cli.command import command, environment
 from tests.support import KIB, MIB, check_file, make_qcow2, pattern
 
@@ -324,6 +327,58 @@ def test_convert_copies_bitmaps(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(line) == 0
     with enban.open(tmp_path / "u.qcow2") as disk:
         assert [b.name for b in disk.bitmaps()] == ["off"]
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_bitmaps_that_cannot_be_copied_are_refused_before_anything_is(tmp_path: Path, exists: bool) -> None:
+    source, target = make_qcow2(tmp_path / "disk.qcow2", MIB), tmp_path / "t.qcow2"
+    with enban.open(source, writable=True) as disk:
+        disk.pwrite(pattern(MIB), 0)
+        disk.add_bitmap("b")
+    if exists:
+        make_qcow2(target, MIB)
+        with enban.open(target, writable=True) as disk:
+            disk.add_bitmap("b")
+    before = target.read_bytes() if exists else b""
+    with pytest.raises(UsageError, match="a bitmap 'b' already" if exists else "version 2 has no") as caught:
+        enban.convert(
+            source,
+            target,
+            target_format="qcow2",
+            options={} if exists else {"compat": "0.10"},
+            bitmaps=True,
+            target_exists=exists,
+            progress=lambda done, all: pytest.fail("something was copied"),
+        )
+    assert caught.value.path == str(target)
+    assert target.read_bytes() == before if exists else not target.exists()
+
+
+def test_a_resumed_convert_copies_bitmaps_that_were_copied_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 between the bitmaps and the end leaves them in the partial image, in use."""
+    source, target = make_qcow2(tmp_path / "disk.qcow2", MIB), tmp_path / "t.qcow2"
+    with enban.open(source, writable=True) as disk:
+        disk.add_bitmap("b")
+        disk.pwrite(pattern(MIB), 0)
+    partial = Path(partial_name(str(target)))
+    killed = bytearray()
+
+    def die(target: Target) -> None:
+        target.disk.flush()
+        killed[:] = partial.read_bytes()
+        raise KeyboardInterrupt
+
+    settings: dict[str, Any] = {"target_format": "qcow2", "bitmaps": True, "resume": True}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Target, "commit", die)
+        enban.convert(source, target, **settings)
+    partial.write_bytes(killed)
+    monkeypatch.setattr(Journal, "load", lambda journal: MIB // 2)
+    assert enban.convert(source, target, **settings).resumed_at == MIB // 2
+    assert content(target) == content(source) and changed(target) == changed(source)
+    check_file(target)
 
 
 def test_killed_backups_lose_no_change(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 import enban
 from enban.block.runtime import drive
-from enban.errors import HostError, LockedError, NoSpaceError, UsageError
+from enban.errors import HostError, LockedError, NoSpaceError, UnsupportedOperationError, UsageError
 from enban.jobs.create import create, prepare_target
 from enban.jobs.output import SUFFIX, Output, partial_name
 from enban.storage import host
@@ -75,6 +75,17 @@ def test_discarded(tmp_path: Path, format: str) -> None:
     assert names(tmp_path) == ["disk"]
     assert path.read_bytes() == b"before"
     enban.open(path, writable=True, format="raw").close()  # nothing holds it any more
+
+
+def test_errors_name_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    with (
+        pytest.raises(UnsupportedOperationError, match="version 2") as caught,
+        prepare_target(str(path), "qcow2", {"compat": "0.10"}, size=MIB) as target,
+    ):
+        target.disk.add_bitmap("b")
+    assert caught.value.path == str(path)
+    assert names(tmp_path) == []
 
 
 def test_data_file_and_image_appear_together(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ class Disk:
         drive(self.door.apply_snapshot(name))
 
     def delete_snapshot(self, name: str) -> None:
-        """Remove a snapshot (id or name)."""
+        """Remove a snapshot (name or id)."""
         drive(self.door.delete_snapshot(name))
 
     @property

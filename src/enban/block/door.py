@@ -268,7 +268,7 @@ class Door:
         await self.ledger.drain()
 
     async def delete_snapshot(self, name: str) -> None:
-        """Remove an internal snapshot, by id or name."""
+        """Remove an internal snapshot, by name or id."""
         self._check_write(0, 0)
         async with self.resizing:
             await self.alone(self.node.delete_snapshot(name))

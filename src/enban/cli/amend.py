@@ -44,6 +44,7 @@ VERB = Verb(
         common.FORMAT,
         common.CACHE,
         common.IMAGE_OPTS,
+        common.OBJECT,
         common.UNTRUSTED,
         common.PROGRESS,
         common.QUIET,

@@ -76,6 +76,7 @@ VERB = Verb(
         Flag("-F --source-format", "Format of the image given with -b", value="FMT"),
         common.FORMAT,
         common.IMAGE_OPTS,
+        common.OBJECT,
         common.UNTRUSTED,
         common.HELP,
     ),

@@ -96,6 +96,7 @@ VERB = Verb(
         common.PROGRESS,
         common.QUIET,
         common.IMAGE_OPTS,
+        common.OBJECT,
         common.FORCE_SHARE,
         common.UNTRUSTED,
         common.HELP,

@@ -240,10 +240,11 @@ def complain(text: str) -> None:
 
 
 def snapshot_meant(text: str) -> str:
-    """The snapshot that -l means: `snapshot.name=x`, `snapshot.id=1`, or a name or id as it is."""
+    """The snapshot that -l means, as the image is asked for it: `snapshot.name=x`, `snapshot.id=1`, or a name
+    or id as it is."""
     if not text.startswith("snapshot."):
         return text
     values = key_values([text])
     if len(values) != 1 or not values.keys() <= {"snapshot.name", "snapshot.id"}:
         raise UsageError(f"'{text}' does not name one snapshot", hint="use -l NAME, or -l snapshot.id=ID")
-    return next(iter(values.values()))
+    return "=".join(*values.items())

@@ -99,6 +99,7 @@ VERB = Verb(
         common.OUTPUT,
         Flag("--backing-chain", "Show every image of the backing chain, top first"),
         common.IMAGE_OPTS,
+        common.OBJECT,
         common.FORCE_SHARE,
         common.UNTRUSTED,
         common.HELP,

@@ -98,6 +98,7 @@ VERB = Verb(
         Flag("--start-offset -s", "First guest byte to list", value="OFFSET"),
         Flag("--max-length -l", "How many guest bytes to list", value="LENGTH"),
         common.IMAGE_OPTS,
+        common.OBJECT,
         common.FORCE_SHARE,
         common.UNTRUSTED,
         common.HELP,

@@ -63,6 +63,7 @@ VERB = Verb(
         Flag("--bitmaps", "Count the dirty bitmaps in, for convert --bitmaps"),
         common.OUTPUT,
         common.IMAGE_OPTS,
+        common.OBJECT,
         common.FORCE_SHARE,
         common.UNTRUSTED,
         common.HELP,

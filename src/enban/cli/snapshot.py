@@ -65,6 +65,7 @@ VERB = Verb(
         common.FORMAT,
         common.OUTPUT,
         common.IMAGE_OPTS,
+        common.OBJECT,
         common.FORCE_SHARE,
         common.UNTRUSTED,
         common.QUIET,

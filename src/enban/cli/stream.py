@@ -39,6 +39,7 @@ VERB = Verb(
         common.FORMAT,
         common.CACHE,
         common.IMAGE_OPTS,
+        common.OBJECT,
         common.UNTRUSTED,
         common.PROGRESS,
         common.QUIET,

@@ -99,7 +99,7 @@ def _give_up(disk: Disk) -> None:
     """Remove the snapshot and the second bitmap, where they are."""
     for entry in disk.snapshots:
         if entry.name == MOMENT:
-            disk.delete_snapshot(entry.id)
+            disk.delete_snapshot(f"snapshot.id={entry.id}")
     try:
         there = any(info.name == MOMENT for info in disk.bitmaps())
     except EnbanError:

@@ -151,7 +151,7 @@ def forget(members: Sequence[GuestDisk], tag: str) -> bool:
     for one in members:
         entry = snapshot_of(one.disk, tag)
         if entry is not None:
-            one.disk.delete_snapshot(entry.id)
+            one.disk.delete_snapshot(f"snapshot.id={entry.id}")
             found = True
     return found
 
@@ -169,7 +169,7 @@ def go_to(members: Sequence[GuestDisk], tag: str) -> None:
         entry = snapshot_of(one.disk, tag)
         if entry is None:
             raise CorruptImageError(f"snapshot '{tag}' is gone", path=one.name)
-        one.disk.apply_snapshot(entry.id)
+        one.disk.apply_snapshot(f"snapshot.id={entry.id}")
         one.resized()
 
 

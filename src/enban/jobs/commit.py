@@ -16,8 +16,8 @@ from enban.block.door import Door, close_chain
 from enban.block.gate import TRUSTED
 from enban.block.pull import names
 from enban.block.runtime import BLOCKING, drive
-from enban.catalog import Opener, parse_reference
-from enban.errors import UsageError
+from enban.catalog import Opener, loop, parse_reference, refuse_loop
+from enban.errors import EnbanError, LockedError, UsageError
 from enban.jobs.copying import PIECE, Writer, pieces
 from enban.jobs.create import backing_reference
 from enban.jobs.map import PRESENT, READS_ZERO, walk
@@ -80,13 +80,21 @@ def _open_down_to(opener: Opener, top: Node, base: str) -> int:
         if not node.backing_name:
             raise UsageError(f"'{base}' is not in the backing chain", path=top.name)
         opener.gate.check(node.backing_name, image=node.name, role="backing file")
-        below = backing_reference(node.name, node.backing_name, node.backing_format)
         depth += 1
         is_base = not base or names(base, node)
-        node.backing = drive(opener.open_chain(below, writable=is_base, backing=is_base))
+        try:
+            below = backing_reference(node.name, node.backing_name, node.backing_format)
+            try:
+                node.backing = drive(opener.open_chain(below, writable=is_base, backing=is_base))
+            except LockedError as error:
+                refuse_loop(top, error)
+                raise
+            if node.backing.file.identity in seen:
+                raise loop(node.backing.name)
+        except EnbanError as error:
+            error.named_by(node.name, "backing file")
+            raise
         node = node.backing
-        if node.file.identity in seen:
-            raise UsageError("the backing chain comes back to this file", path=node.name)
         seen.add(node.file.identity)
         if is_base:
             return depth

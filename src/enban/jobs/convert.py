@@ -239,6 +239,7 @@ class _Run:
         )
         with target:
             copier = self._copier(target.disk, fresh=not target.in_place or self.format != "raw", start=0)
+            self._vet_bitmaps(target.disk)
             run_workers(copier, self.workers)
             self._verify(target.disk, copier.result)
             self._copy_bitmaps(target.disk)
@@ -263,6 +264,7 @@ class _Run:
                     hint="enlarge it with enban resize",
                 )
             copier = self._copier(disk, fresh=False, start=0)
+            self._vet_bitmaps(disk)
             run_workers(copier, self.workers)
             disk.flush()
             self._verify(disk, copier.result)
@@ -291,6 +293,9 @@ class _Run:
         with target:
             copier = self._copier(target.disk, fresh=True, start=start)
             copier.result.resumed_at = start
+            if target.resumed:
+                self._drop_bitmaps(target.disk)
+            self._vet_bitmaps(target.disk)
 
             def checkpoint() -> None:
                 if journal.due():
@@ -317,6 +322,12 @@ class _Run:
     def _copier(self, disk: Disk, *, fresh: bool, start: int) -> Copier:
         if self.compress and not disk.node.codec:
             raise UsageError(f"format {disk.format} cannot hold compressed clusters", path=self.target)
+        if self.compress and disk.node.cipher is not None:
+            raise UnsupportedOperationError(
+                "an encrypted image cannot hold compressed clusters",
+                path=self.target,
+                hint="use one of the two",
+            )
         for source in self.sources.disks:
             if source.node.file.identity == disk.node.file.identity:
                 raise UsageError("source and target are the same file", path=self.target)
@@ -334,6 +345,24 @@ class _Run:
             progress=self.progress,
             result=ConvertResult(self.sources.size),
         )
+
+    def _drop_bitmaps(self, disk: Disk) -> None:
+        """Those that an interrupted run had copied: each is copied as a whole."""
+        there = {info.name for info in disk.bitmaps()} if self.bitmaps else set()
+        for name in there & set(self.bitmaps):
+            disk.remove_bitmap(name)
+
+    def _vet_bitmaps(self, disk: Disk) -> None:
+        """Refuse, before anything is copied, bitmaps that the target cannot take. Raises UsageError."""
+        if not self.bitmaps:
+            return
+        there = {info.name for info in disk.bitmaps()}
+        target = drive(disk.door.bitmaps())
+        for info in self.sources.disks[0].bitmaps():
+            if info.name in self.bitmaps:
+                if info.name in there:
+                    raise UsageError(f"there is a bitmap {info.name!r} already", path=self.target)
+                target.vet(info.name, info.granularity)
 
     def _copy_bitmaps(self, disk: Disk) -> None:
         source = self.sources.disks[0]

@@ -171,7 +171,16 @@ class Target:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        _tell_final_name(error, self._outputs)
         self.discard()
+
+
+def _tell_final_name(error: BaseException | None, outputs: list[Output]) -> None:
+    """Have an error speak of the file that was asked for: the one it happened to is about to go."""
+    if isinstance(error, EnbanError):
+        for output in outputs:
+            if error.path == output.temporary:
+                error.path = output.path
 
 
 def _abandon(disk: Disk) -> None:
@@ -262,7 +271,8 @@ def prepare_target(
             )
         opener = _MadeOpener(outputs, gate=gate, cache=cache, passphrase=passphrase, keyless=keyless)
         disk = _fill(outputs, opener, format, values, backing, size, unchecked)
-    except BaseException:
+    except BaseException as error:
+        _tell_final_name(error, outputs)
         _close_outputs(outputs)
         raise
     return Target(disk, outputs)

@@ -10,8 +10,8 @@ import os
 
 from enban.block.gate import TRUSTED
 from enban.block.runtime import BLOCKING, drive
-from enban.catalog import Opener
-from enban.errors import CorruptImageError
+from enban.catalog import Opener, loop
+from enban.errors import EnbanError
 from enban.units import SECTOR, align_up
 
 TYPE_CHECKING = False
@@ -39,20 +39,27 @@ def image_info(
     found: list[dict[str, Any]] = []
     seen: set[Any] = set()
     following: str | dict[str, Any] | None = reference
-    while following is not None:
-        node = drive(opener.open_chain(following, format=format, backing=False))
-        try:
-            if node.file.identity in seen:
-                raise CorruptImageError("the backing chain comes back to this file", path=node.name)
-            seen.add(node.file.identity)
-            found.append(drive(_describe(node)))
-            following = None
-            if chain and node.backing_name:
-                gate.check(node.backing_name, image=node.name, role="backing file")
-                following = opener.resolve(node.backing_name, node.name)
-                format = node.backing_format
-        finally:
-            drive(node.close())
+    above = ""
+    try:
+        while following is not None:
+            node = drive(opener.open_chain(following, format=format, backing=False))
+            try:
+                if node.file.identity in seen:
+                    raise loop(node.name)
+                seen.add(node.file.identity)
+                found.append(drive(_describe(node)))
+                following = None
+                if chain and node.backing_name:
+                    above = node.name
+                    gate.check(node.backing_name, image=node.name, role="backing file")
+                    following = opener.resolve(node.backing_name, node.name)
+                    format = node.backing_format
+            finally:
+                drive(node.close())
+    except EnbanError as error:
+        if above:
+            error.named_by(above, "backing file")
+        raise
     return found
 
 

@@ -101,6 +101,21 @@ def test_damage(place: int, value: int, kinds: dict[str, int]) -> None:
         assert "\n" not in str(finding)
 
 
+def test_the_length_of_a_name_that_is_not_there() -> None:
+    storage = memory_qcow(4 * MIB)
+    storage.content[16:20] = (4096).to_bytes(4, "big")
+    assert check_memory(storage).clean
+
+
+def test_clusters_behind_the_end_are_not_counted_as_parts_of_the_disk() -> None:
+    storage = sample()
+    with open_disk(storage) as disk:
+        disk.resize(4096 + 512)
+    result = check_memory(storage)
+    assert (result.total_clusters, result.allocated_clusters, result.compressed_clusters) == (2, 2, 0)
+    assert result.clean  # the table still names them
+
+
 def test_packed_data_that_does_not_unpack() -> None:
     storage = sample()
     reader = QcowReader(storage.content)

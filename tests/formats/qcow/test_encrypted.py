@@ -95,7 +95,10 @@ def test_an_encrypted_overlay_over_an_encrypted_image(tmp_path: Path) -> None:
     with enban.open({**top, "backing": base}, writable=True) as disk:
         disk.pwrite(b"top", 4094)
         assert disk.pread(10, 4090) == b"sebatop\0\0\0"
-    with pytest.raises(UsageError, match=r"base\.qcow: the image is encrypted and no passphrase"):
+    with pytest.raises(
+        UsageError,
+        match=r"base\.qcow \(backing file of .*top\.qcow\): the image is encrypted and no passphrase",
+    ):
         enban.open(top)
 
 

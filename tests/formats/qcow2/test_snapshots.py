@@ -139,6 +139,37 @@ def test_names_and_ids(tmp_path: Path) -> None:
     check_file(path)
 
 
+def test_names_that_are_ids_of_others(tmp_path: Path) -> None:
+    """-a and -l mean ids first, -d names first, as qemu-img has it; nobody loses another snapshot."""
+
+    def image(name: str) -> Path:
+        """Snapshots (id, name, first byte): (1, "2", "a"), (2, "3", "b"), (3, "1", "c")."""
+        path = make_qcow2(tmp_path / name, 1 << 20)
+        with enban.open(path, writable=True) as disk:
+            for name, content in (("2", b"a"), ("3", b"b"), ("1", b"c")):
+                disk.pwrite(content, 0)
+                disk.create_snapshot(name)
+        return path
+
+    path = image("shown")
+    for wanted, content in (("1", b"a"), ("2", b"b"), ("snapshot.name=1", b"c"), ("snapshot.id=3", b"c")):
+        assert view(path, wanted)[:1] == content
+        with enban.open(path, writable=True) as disk:
+            disk.apply_snapshot(wanted)
+            assert disk.pread(1, 0) == content
+    for number, (wanted, gone) in enumerate((("1", "c"), ("snapshot.id=1", "a"), ("snapshot.name=3", "b"))):
+        path = image(f"deleted{number}")
+        with enban.open(path, writable=True) as disk:
+            disk.delete_snapshot(wanted)
+            left = {snapshot.name for snapshot in disk.snapshots}
+        assert left == {"2", "3", "1"} - {{"a": "2", "b": "3", "c": "1"}[gone]}
+    with (
+        enban.open(path, writable=True) as disk,
+        pytest.raises(UsageError, match=r"no snapshot 'snapshot\.id=x'"),
+    ):
+        disk.delete_snapshot("snapshot.id=x")
+
+
 def test_formats_without_snapshots_say_so(tmp_path: Path) -> None:
     path = tmp_path / "disk.raw"
     path.write_bytes(bytes(4096))

@@ -139,8 +139,8 @@ class Checker:
     async def _walk(self) -> None:
         node, header = self.node, self.node.header
         self._use(0, HEADER.size, _METADATA)
-        if header.backing_length:
-            self._use(header.backing_offset, header.backing_offset + header.backing_length, _METADATA)
+        if header.backing_name:  # without an offset its length says nothing
+            self._use(header.backing_offset, header.backing_offset + len(header.backing_name), _METADATA)
         self._use(header.l1_offset, header.l1_offset + len(node.l1) * 8, _METADATA)
         for index, place in enumerate(node.l1):
             if self._report is not None and self._first and not index % 64:
@@ -172,7 +172,7 @@ class Checker:
             offset = guest + (position << bits)
             if entry & COMPRESSED:
                 host, length = unpack_compressed(entry, bits)
-                if first:
+                if first and offset < node.size:
                     result.allocated_clusters += 1
                     result.compressed_clusters += 1
                     result.fragmented_clusters += 1  # as QEMU counts them in qcow2
@@ -183,7 +183,7 @@ class Checker:
                 if first:
                     await self._unpack(offset, host, length)
                 continue
-            if first:
+            if first and offset < node.size:  # a smaller size left the others behind
                 result.allocated_clusters += 1
                 if self._next and entry != self._next:
                     result.fragmented_clusters += 1

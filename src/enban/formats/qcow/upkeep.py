@@ -41,7 +41,7 @@ def metadata_end(node: QcowNode) -> HostOffset:
     """The end of the header, the L1 table and the backing file's name, wherever they stand."""
     header = node.header
     l1_end = header.l1_offset + align_up(len(node.l1) * 8, SECTOR)
-    return max(l1_end, header.backing_offset + header.backing_length)
+    return max(l1_end, header.backing_offset + len(header.backing_name))
 
 
 async def make_empty(node: QcowNode) -> None:

@@ -24,7 +24,6 @@ from ...errors import (
     HostError,
     ReadOnlyError,
     UnsupportedOperationError,
-    UsageError,
 )
 from ...units import align_down, align_up
 from ...wire.qcow2 import (
@@ -335,20 +334,16 @@ class Qcow2Node(Places):
 
     async def show_snapshot(self, name: str) -> None:
         from .opening import read_snapshots, read_table
+        from .snapshots import find
 
-        for snapshot in await read_snapshots(self.file, self.header, self.name):
-            if name in (snapshot.id, snapshot.name):
-                what = f"L1 table of snapshot '{snapshot.name}'"
-                self.l1 = await read_table(
-                    self.file, snapshot.l1_offset, snapshot.l1_entries, what, self.name
-                )
-                self.size = snapshot.disk_size
-                self.vm_state_size = snapshot.vm_state_size
-                if len(self.l1) << self.l2_shift < self.size:
-                    raise CorruptImageError(f"{what} is too small", path=self.name, offset=snapshot.l1_offset)
-                self.header.autoclear &= ~AUTOCLEAR_BITMAPS  # they speak of the active state
-                return
-        raise UsageError(f"there is no snapshot '{name}'", path=self.name, hint="see: enban info")
+        snapshot = find(await read_snapshots(self.file, self.header, self.name), name, self.name)
+        what = f"L1 table of snapshot '{snapshot.name}'"
+        self.l1 = await read_table(self.file, snapshot.l1_offset, snapshot.l1_entries, what, self.name)
+        self.size = snapshot.disk_size
+        self.vm_state_size = snapshot.vm_state_size
+        if len(self.l1) << self.l2_shift < self.size:
+            raise CorruptImageError(f"{what} is too small", path=self.name, offset=snapshot.l1_offset)
+        self.header.autoclear &= ~AUTOCLEAR_BITMAPS  # they speak of the active state
 
     def snapshots_here(self) -> list[SnapshotEntry]:
         return list(self.snapshots)

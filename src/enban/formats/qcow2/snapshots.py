@@ -15,13 +15,20 @@ if TYPE_CHECKING:
     from .node import Qcow2Node
 
 
-def find(node: Qcow2Node, name: str) -> SnapshotEntry:
-    """A snapshot by id or name; ids go first, as in QEMU. Raises UsageError."""
-    for match in ("id", "name"):
-        for snapshot in node.snapshots:
-            if getattr(snapshot, match) == name:
+def find(
+    snapshots: list[SnapshotEntry], wanted: str, path: str, *, fields: tuple[str, ...] = ("id", "name")
+) -> SnapshotEntry:
+    """The snapshot that a text means. A name may look like another snapshot's id: then the first of
+    `fields` decides. `snapshot.id=TEXT` and `snapshot.name=TEXT` leave no doubt. Raises UsageError."""
+    text = wanted
+    for field in ("id", "name"):
+        if wanted.startswith(f"snapshot.{field}="):
+            fields, text = (field,), wanted.partition("=")[2]
+    for field in fields:
+        for snapshot in snapshots:
+            if getattr(snapshot, field) == text:
                 return snapshot
-    raise UsageError(f"there is no snapshot '{name}'", path=node.name, hint="see: enban snapshot -l")
+    raise UsageError(f"there is no snapshot '{wanted}'", path=path, hint="see: enban snapshot -l")
 
 
 async def create(node: Qcow2Node, snapshot: SnapshotEntry) -> None:
@@ -59,7 +66,8 @@ async def create(node: Qcow2Node, snapshot: SnapshotEntry) -> None:
 
 async def delete(node: Qcow2Node, name: str) -> SnapshotEntry:
     """Remove a snapshot; exactly the clusters that only it held become free."""
-    snapshot = find(node, name)
+    # Names first: qemu-img deletes by name alone, and what is gone is gone.
+    snapshot = find(node.snapshots, name, node.name, fields=("name", "id"))
     l1 = await read_l1(node, snapshot)
     await switch(
         node,
@@ -76,7 +84,7 @@ async def delete(node: Qcow2Node, name: str) -> SnapshotEntry:
 
 async def apply(node: Qcow2Node, name: str) -> SnapshotEntry:
     """Make the active state that of a snapshot: its bytes, its size; what was active is given up."""
-    snapshot = find(node, name)
+    snapshot = find(node.snapshots, name, node.name)
     l1 = await read_l1(node, snapshot)
     if len(l1) << node.l2_shift < snapshot.disk_size:
         raise CorruptImageError(
