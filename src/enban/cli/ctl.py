@@ -89,7 +89,7 @@ def _request(words: Sequence[str]) -> tuple[str, list[str]]:
         if list(words[: len(parts)]) == parts:
             rest = list(words[len(parts) :])
             wanted = values.split()
-            if values.endswith("...") or len(rest) == len(wanted):
+            if len(rest) == len(wanted) or (values.endswith("...") and rest):
                 return request, rest
             raise UsageError(f"{request} takes {values or 'nothing more'}", hint="see: enban ctl --help")
     said = " ".join(words[:2])
