@@ -17,6 +17,7 @@ from enban.lab.campaign import PARTS, Campaign, Screen, make_parts
 from enban.lab.crash import Explorer, record
 from enban.lab.fuzz import load, one
 from enban.lab.images import ALL, Image, Medium, by_name
+from enban.lab.kill import KillPart
 from enban.lab.oracle import FOREIGN, LOST, Oracle, Violation
 from enban.lab.qcow2_reader import Memo
 from enban.lab.shrink import shrink
@@ -205,10 +206,56 @@ def test_the_corpus() -> None:
         (["storm", "--server", "x"], "kill"),
         (["nbd://127.0.0.1:1/x"], "--overwrite"),
         (["--seed", "x"], "number"),
+        (["crash", "--count", "0"], "number"),
+        (["--quick", "--time", "9s"], "contradict"),
+        (["crash", "--corpus", "x"], "fuzz"),
+        (["crash", "--overwrite"], "NBD"),
+        (["nbd://127.0.0.1:1/x", "--overwrite", "--only", "512"], "--only is for"),
+        (["nbd://127.0.0.1:1/x", "--overwrite"], "is the server running"),
+        (["--peer", "qemu", "crash"], "no use for crash"),
+        (["--peer", "qemu", "--time", "9s"], "no use for --time"),
+        (["fuzz", "--corpus", "no-such-directory"], "no-such-directory"),
+        (["kill", "--server", "no-such-program {socket}"], "no-such-program"),
+        (["kill", "--server", "false {socket}"], "by hand"),
+        (["kill", "--server", "false {sock"], "{socket}"),
+        (["kill", "--server", "false {sock}"], "{socket}"),
+        (["kill", "--server", "false '"], "{socket}"),
     ],
 )
 def test_words_it_does_not_understand(words: list[str], hint: str) -> None:
     assert hint in refused("torture", *words)
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (b"", "no operation in it"),
+        (b"# a remark\n", "no operation in it"),
+        (b"flush\nwrite 0x0\n", "line 2"),
+        (b"write 0x0+0x400000000000 #1\n", "line 1"),
+        (b"write -0x200+0x200 #1\n", "line 1"),
+        (b"resize 0x400000000000\n", "line 1"),
+        (b"snapshot\n", "line 1"),
+        (b"dance\n", "'dance', is no operation"),
+        (b"\xff\xfe", "no text"),
+    ],
+)
+def test_a_script_that_cannot_be_done_is_named_by_its_line(tmp_path: Path, script: bytes, words: str) -> None:
+    (tmp_path / "script").write_bytes(script)
+    said = refused("torture", "crash", "--only", "512", "--script", tmp_path / "script", "--count", "1")
+    assert words in said
+
+
+def test_a_corpus_that_is_none_is_refused(tmp_path: Path) -> None:
+    assert "no images" in refused("torture", "fuzz", "--corpus", tmp_path)
+    (tmp_path / "broken.z").write_bytes(b"not packed")
+    assert "broken.z: no file packed by zlib" in refused("torture", "fuzz", "--corpus", tmp_path)
+
+
+def test_a_finding_about_another_server_says_which() -> None:
+    part = KillPart(3, "kill-4k", server="other -k {socket} {image}")
+    again = part.found(part.kinds[0], 3, Violation(LOST, "x")).again
+    assert "--server 'other -k {socket} {image}'" in again
 
 
 def test_kinds_are_listed() -> None:
