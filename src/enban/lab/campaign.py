@@ -43,12 +43,14 @@ GROWTH = 64 << 20
 class Soak:
     """Samples of memory and descriptors; the first part of a run is left out, as caches fill then."""
 
+    EVERY_S = 1.0
+
     def __init__(self) -> None:
         self.began = monotonic()
         self.samples: list[tuple[float, int, int]] = []  # (seconds, bytes resident, descriptors)
 
     def sample(self) -> None:
-        if self.samples and monotonic() - self.began < self.samples[-1][0] + 1.0:
+        if self.samples and monotonic() - self.began < self.samples[-1][0] + self.EVERY_S:
             return
         gc.collect()
         self.samples.append((monotonic() - self.began, resident(), open_descriptors()))
