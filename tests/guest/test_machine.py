@@ -102,6 +102,10 @@ def test_states_bring_back_memory_and_every_disk(tmp_path: Path) -> None:
                 await machine.save("one")
             with pytest.raises(UsageError, match="no state 'three'"):
                 await machine.load("three")
+            for bad in ("", "enban-undo", "two\nlines", "x" * 70_000):
+                with pytest.raises(UsageError, match="cannot be the tag") as refused:
+                    await machine.save(bad)
+                assert len(str(refused.value)) < 300 and "\n" not in str(refused.value)
 
             await machine.load("one")
             assert first <= await count(machine) <= first + 2
