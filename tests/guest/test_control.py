@@ -116,6 +116,7 @@ def test_every_request_by_name(tmp_path: Path) -> None:
         enban_("ctl", name, "reset")
         assert number(log) >= 1
         assert "takes TAG" in enban_("ctl", name, "snapshot", "save", code=1)
+        assert "keys takes KEYS..." in enban_("ctl", name, "keys", code=1)
         assert "does not know 'dance'" in enban_("ctl", name, "dance", code=1)
         assert "these do: guest" in enban_("ctl", "nobody", "status", code=1)
         assert "'guest' runs already" in enban_(*small("--name", "guest", base), code=1)

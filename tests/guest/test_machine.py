@@ -32,10 +32,21 @@ def settings(*disks: Path, **more: object) -> Settings:
 
 @needs_qemu_system
 @pytest.mark.parametrize(
-    ("format", "bus"), [("raw", "ide"), ("qcow", "sata"), ("qcow2", "virtio")], ids=lambda word: word
+    ("format", "bus", "size"),
+    [
+        ("raw", "ide", MIB),
+        ("qcow", "sata", MIB),
+        ("qcow2", "virtio", MIB),
+        # Less than a cylinder, as the BIOS counts by itself.
+        ("raw", "virtio", 1024),
+        ("raw", "sata", 1024),
+    ],
+    ids=str,
 )
-def test_a_guest_starts_from_each_format_on_each_bus(tmp_path: Path, format: str, bus: str) -> None:
-    disk = boot_disk(tmp_path / "boot", format)
+def test_a_guest_starts_from_each_format_on_each_bus(
+    tmp_path: Path, format: str, bus: str, size: int
+) -> None:
+    disk = boot_disk(tmp_path / "boot", format, size)
 
     async def scenario() -> int:
         async with Machine(settings(disk, bus=bus)) as machine:
@@ -50,6 +61,25 @@ def test_a_guest_starts_from_each_format_on_each_bus(tmp_path: Path, format: str
         kept = int.from_bytes(image.pread(2, 512), "little")
     assert kept >= number >= 2
     assert not running()
+
+
+@needs_qemu_system
+@pytest.mark.parametrize("bus", ["virtio", "ide"])
+def test_a_guest_sees_whole_sectors_alone(tmp_path: Path, bus: str) -> None:
+    """QEMU would round up, and report a write to the last sector as a full file system."""
+    disk, said = boot_disk(tmp_path / "boot", "raw"), list[str]()
+    with disk.open("ab") as file:
+        file.write(b"tail")
+
+    async def scenario() -> None:
+        async with Machine(settings(disk, bus=bus, paused=True), log=said.append) as machine:
+            nodes = await machine.execute("query-named-block-nodes")
+            seen = {node["node-name"]: node["image"]["virtual-size"] for node in nodes}
+            assert seen["disk0"] == MIB
+
+    run(scenario(), 60)
+    assert "the guest sees 2048 whole sectors, not the 4 bytes after them" in said[0]
+    assert disk.read_bytes().endswith(b"tail")
 
 
 @needs_qemu_system
@@ -73,6 +103,10 @@ def test_states_bring_back_memory_and_every_disk(tmp_path: Path) -> None:
                 await machine.save("one")
             with pytest.raises(UsageError, match="no state 'three'"):
                 await machine.load("three")
+            for bad in ("", "enban-undo", "two\nlines", "x" * 70_000):
+                with pytest.raises(UsageError, match="cannot be the tag") as refused:
+                    await machine.save(bad)
+                assert len(str(refused.value)) < 300 and "\n" not in str(refused.value)
 
             await machine.load("one")
             assert first <= await count(machine) <= first + 2

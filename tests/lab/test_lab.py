@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +15,14 @@ import pytest
 
 from enban.block.runtime import BLOCKING
 from enban.formats.qcow2.node import Qcow2Node
-from enban.lab import live, parts
-from enban.lab.campaign import PARTS, Campaign, Screen, make_parts
+from enban.lab import campaign, fulldisk, live, parts
+from enban.lab.campaign import PARTS, Campaign, Screen, Soak, make_parts
 from enban.lab.crash import Explorer, record
 from enban.lab.fuzz import load, one
 from enban.lab.images import ALL, Image, Medium, by_name
+from enban.lab.kill import KillPart
 from enban.lab.oracle import FOREIGN, LOST, Oracle, Violation
+from enban.lab.parts import Part
 from enban.lab.qcow2_reader import Memo
 from enban.lab.shrink import shrink
 from enban.lab.storm import KINDS, ambush
@@ -143,18 +148,18 @@ def test_a_finding_is_kept_and_can_be_done_again(tmp_path: Path, monkeypatch: py
 
 
 def test_a_campaign_ends_in_time_and_counts(tmp_path: Path) -> None:
-    campaign = Campaign(
+    work = Campaign(
         make_parts(["crash", "faults"], 1),
         seed=1,
         seconds=2.0,
         directory=tmp_path,
         screen=Screen(silent=True),
     )
-    assert not campaign.run()
-    assert 1.5 < campaign.elapsed < 15
-    answer = campaign.as_dict()
+    assert not work.run()
+    assert 1.5 < work.elapsed < 15
+    answer = work.as_dict()
     assert answer["findings"] == [] and answer["seed"] == 1
-    assert "states" in campaign.table() and not list(tmp_path.iterdir())
+    assert "states" in work.table() and not list(tmp_path.iterdir())
 
 
 def test_a_signal_ends_it_and_nothing_stays(tmp_path: Path) -> None:
@@ -176,14 +181,14 @@ def test_a_signal_ends_it_and_nothing_stays(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("name", PARTS)
 def test_a_minute_of_each_part(name: str, tmp_path: Path) -> None:
-    campaign = Campaign(
+    work = Campaign(
         make_parts([name], 77, corpus=str(CORPUS)),
         seed=77,
         seconds=60.0,
         directory=tmp_path,
         screen=Screen(silent=True),
     )
-    assert not campaign.run(), campaign.table()
+    assert not work.run(), work.table()
 
 
 def test_the_corpus() -> None:
@@ -205,10 +210,135 @@ def test_the_corpus() -> None:
         (["storm", "--server", "x"], "kill"),
         (["nbd://127.0.0.1:1/x"], "--overwrite"),
         (["--seed", "x"], "number"),
+        (["crash", "--count", "0"], "number"),
+        (["--quick", "--time", "9s"], "contradict"),
+        (["crash", "--corpus", "x"], "fuzz"),
+        (["crash", "--overwrite"], "NBD"),
+        (["nbd://127.0.0.1:1/x", "--overwrite", "--only", "512"], "--only is for"),
+        (["nbd://127.0.0.1:1/x", "--overwrite"], "is the server running"),
+        (["--peer", "qemu", "crash"], "no use for crash"),
+        (["--peer", "qemu", "--time", "9s"], "no use for --time"),
+        (["fuzz", "--corpus", "no-such-directory"], "no-such-directory"),
+        (["kill", "--server", "no-such-program {socket}"], "no-such-program"),
+        (["kill", "--server", "false {socket}"], "by hand"),
+        (["kill", "--server", "false {sock"], "{socket}"),
+        (["kill", "--server", "false {sock}"], "{socket}"),
+        (["kill", "--server", "false '"], "{socket}"),
     ],
 )
 def test_words_it_does_not_understand(words: list[str], hint: str) -> None:
     assert hint in refused("torture", *words)
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (b"", "no operation in it"),
+        (b"# a remark\n", "no operation in it"),
+        (b"flush\nwrite 0x0\n", "line 2"),
+        (b"write 0x0+0x400000000000 #1\n", "line 1"),
+        (b"write -0x200+0x200 #1\n", "line 1"),
+        (b"resize 0x400000000000\n", "line 1"),
+        (b"snapshot\n", "line 1"),
+        (b"dance\n", "'dance', is no operation"),
+        (b"\xff\xfe", "no text"),
+    ],
+)
+def test_a_script_that_cannot_be_done_is_named_by_its_line(tmp_path: Path, script: bytes, words: str) -> None:
+    (tmp_path / "script").write_bytes(script)
+    said = refused("torture", "crash", "--only", "512", "--script", tmp_path / "script", "--count", "1")
+    assert words in said
+
+
+def test_a_corpus_that_is_none_is_refused(tmp_path: Path) -> None:
+    assert "no images" in refused("torture", "fuzz", "--corpus", tmp_path)
+    (tmp_path / "broken.z").write_bytes(b"not packed")
+    assert "broken.z: no file packed by zlib" in refused("torture", "fuzz", "--corpus", tmp_path)
+
+
+def test_a_finding_about_another_server_says_which() -> None:
+    part = KillPart(3, "kill-4k", server="other -k {socket} {image}")
+    again = part.found(part.kinds[0], 3, Violation(LOST, "x")).again
+    assert "--server 'other -k {socket} {image}'" in again
+
+
+@pytest.mark.parametrize("kind", ["as this machine has it", "limit"])
+def test_a_full_disk_with_each_kind_of_image(kind: str) -> None:
+    place = fulldisk.Place()
+    mounted = place.kind
+    place.kind = "limit" if kind == "limit" else mounted
+    refused = 0
+    try:
+        for image in fulldisk.KINDS:
+            for seed in range(12):  # how much room there is follows from the seed
+                errors, done = fulldisk.fill(image, seed, place)
+                assert done == 90
+                refused += errors
+                if errors:
+                    break
+            # A limit on the file's size is no hindrance to what does not grow.
+            assert errors or place.kind == "limit", f"{image} never met a full disk"
+    finally:
+        place.loosen()
+        place.kind = mounted
+        place.close()
+    assert refused > 20
+
+
+def test_a_soak_finds_what_grows() -> None:
+    def judge(memory: int, descriptors: int, *, seconds: int = 200) -> None:
+        soak = Soak()
+        for second in range(seconds):
+            soak.samples.append(
+                (float(second), (100 << 20) + memory * second // seconds, 8 + descriptors * second // seconds)
+            )
+        soak.judge()
+
+    judge(0, 0)
+    judge(20 << 20, 3)
+    judge(1 << 30, 100, seconds=60)  # it settles yet
+    with pytest.raises(Violation, match="memory grew from "):
+        judge(1 << 30, 0)
+    with pytest.raises(Violation, match="open descriptors grew"):
+        judge(0, 40)
+
+
+def test_a_leak_while_it_runs_ends_in_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that leaves descriptors open each time."""
+    held: list[int] = []
+
+    def work(part: Part, image: Image, seed: int) -> None:
+        held.extend(os.dup(0) for _ in range(10))
+        sleep(0.05)
+
+    monkeypatch.setattr(parts.CrashPart, "work", work)
+    monkeypatch.setattr(campaign, "SOAK_S", 1.0)
+    monkeypatch.setattr(Soak, "EVERY_S", 0.05)
+    (part,) = make_parts(["crash"], 1)
+    run = Campaign([part], seed=1, seconds=1.5, directory=tmp_path, screen=Screen(silent=True))
+    try:
+        (finding,) = run.run()
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+    assert finding.part == "soak" and "descriptors grew" in finding.text
+
+
+def test_progress_is_told_while_it_runs(tmp_path: Path) -> None:
+    told = io.StringIO()
+    screen = Screen(plain=True, stream=told)
+    run = Campaign(make_parts(["crash"], 1), seed=1, seconds=1.0, directory=tmp_path, screen=screen)
+    screen.every = screen.next = 0.0
+    assert not run.run()
+    lines = told.getvalue().splitlines()
+    assert re.fullmatch(r"\d:\d\d of 0:01  crash [\d,]+ states( \([\d,]+/s\))? \| findings 0", lines[-1]), (
+        lines[-1]
+    )
+    screen.every = 3600.0
+    before = len(told.getvalue())
+    screen.next = monotonic() + 3600
+    screen.show("not yet")
+    assert len(told.getvalue()) == before
 
 
 def test_kinds_are_listed() -> None:

@@ -16,6 +16,18 @@ if TYPE_CHECKING:
     from enban.lab.parts import Part
 
 PARTS = ("crash", "faults", "full", "storm", "kill", "fuzz")
+SERVER = "an NBD address"
+# What a flag is for, where it is not for everything.
+FOR = {
+    "--only": ("all", *PARTS),
+    "--script": ("crash",),
+    "--server": ("kill",),
+    "--corpus": ("all", "fuzz"),
+    "--overwrite": (SERVER,),
+}
+WITH_PEER = ("--peer", "--seed", "--count", "--output", "-p", "-q")
+MOST = (1 << 63) - 1
+LENGTHS = ("--quick", "--time", "--count")
 
 
 def run(arguments: Arguments) -> int:
@@ -23,10 +35,11 @@ def run(arguments: Arguments) -> int:
 
     if arguments.on("--list"):
         return _list()
-    what = arguments.operands[0] if arguments.operands else "all"
     screen = Screen(plain=arguments.on("-p"), silent=arguments.on("-q"))
     if arguments.on("--peer"):
         return _peer(arguments, screen)
+    what = arguments.operands[0] if arguments.operands else "all"
+    _judge_flags(arguments, what)
     from pathlib import Path
 
     seed = _number(arguments, "--seed", 1)
@@ -35,7 +48,7 @@ def run(arguments: Arguments) -> int:
         _parts(arguments, what, seed),
         seed=seed,
         seconds=seconds,
-        pieces=_number(arguments, "--count", 0),
+        pieces=_number(arguments, "--count", 1, least=1) if arguments.on("--count") else 0,
         directory=Path(arguments.text("--findings", "torture-findings")),
         screen=screen,
     )
@@ -49,10 +62,28 @@ def run(arguments: Arguments) -> int:
     return 1 if findings else 0
 
 
+def _is_address(what: str) -> bool:
+    return "://" in what or what.startswith(("nbd:", "nbd+unix:"))
+
+
+def _judge_flags(arguments: Arguments, what: str) -> None:
+    """Refuse what would be left aside without a word. Raises UsageError."""
+    kind = SERVER if _is_address(what) else what
+    if kind not in ("all", *PARTS, SERVER):
+        raise UsageError(f"there is no part '{what}'", hint=f"use all, {', '.join(PARTS)}, or {SERVER}")
+    for flag, kinds in FOR.items():
+        if arguments.on(flag) and kind not in kinds:
+            raise UsageError(f"{flag} is for {', '.join(kinds)}", hint="see: enban torture --help")
+    lengths = [flag for flag in LENGTHS if arguments.on(flag)]
+    if len(lengths) > 1:
+        raise UsageError(f"{' and '.join(lengths)} contradict each other", hint="give one of them")
+
+
 def _parts(arguments: Arguments, what: str, seed: int) -> list[Part]:
+    from enban.errors import from_oserror
     from enban.lab.campaign import make_parts
 
-    if "://" in what or what.startswith(("nbd:", "nbd+unix:")):
+    if _is_address(what):
         from enban.lab.blackbox import BlackBoxPart
 
         if not arguments.on("--overwrite"):
@@ -60,36 +91,36 @@ def _parts(arguments: Arguments, what: str, seed: int) -> list[Part]:
                 "this overwrites what the export holds", hint="if that is wanted, say --overwrite"
             )
         return [BlackBoxPart(seed, what)]
-    if what != "all" and what not in PARTS:
-        raise UsageError(f"there is no part '{what}'", hint=f"use all, {', '.join(PARTS)}, or an NBD address")
-    script = arguments.text("--script")
-    text = ""
-    if script:
-        if what != "crash":
-            raise UsageError("--script is for the crash explorer", hint="say: torture crash --script FILE")
-        from enban.errors import from_oserror
-
+    script, text = arguments.text("--script"), None
+    if arguments.on("--script"):
         try:
-            with open(script) as file:
+            with open(script, encoding="utf-8") as file:
                 text = file.read()
         except OSError as error:
             raise from_oserror(error, "read the script", script) from None
-    if arguments.on("--server") and what != "kill":
-        raise UsageError("--server is for kill", hint="say: torture kill --server 'COMMAND'")
-    return make_parts(
-        PARTS if what == "all" else (what,),
-        seed,
-        only=arguments.text("--only"),
-        script=text,
-        server=arguments.text("--server"),
-        corpus=arguments.text("--corpus"),
-    )
+        except UnicodeDecodeError:
+            raise UsageError("no text, so no script", path=script) from None
+    corpus = arguments.text("--corpus")
+    try:
+        return make_parts(
+            PARTS if what == "all" else (what,),
+            seed,
+            only=arguments.text("--only"),
+            script=text,
+            server=arguments.text("--server"),
+            corpus=corpus,
+        )
+    except OSError as error:
+        raise from_oserror(error, "read the corpus", corpus) from None
 
 
 def _peer(arguments: Arguments, screen: Screen) -> int:
     from enban.lab.peer import side_by_side
 
-    rows = side_by_side(_number(arguments, "--seed", 1), _number(arguments, "--count", 1), screen)
+    beside = [flag for flag in arguments.values if flag not in WITH_PEER] + arguments.operands
+    if beside:
+        raise UsageError(f"--peer has no use for {beside[0]}", hint=f"it takes {', '.join(WITH_PEER[1:])}")
+    rows = side_by_side(_number(arguments, "--seed", 1), _number(arguments, "--count", 1, least=1), screen)
     if arguments.text("--output") == "json":
         common.print_json([row.as_dict() for row in rows])
     else:
@@ -108,11 +139,8 @@ def _list() -> int:
     return 0
 
 
-def _number(arguments: Arguments, flag: str, default: int) -> int:
-    text = arguments.text(flag, str(default))
-    if not (text.isascii() and text.isdigit()):
-        raise UsageError(f"'{text}' is no number for {flag}")
-    return int(text)
+def _number(arguments: Arguments, flag: str, default: int, *, least: int = 0) -> int:
+    return common.number(arguments, flag, default, least=least, most=MOST)
 
 
 def parse_duration(text: str) -> float:

@@ -21,6 +21,10 @@ IOTHREAD = "disks"
 # The name that QEMU gives to a PC's memory by itself, so that a saved state has it in any case.
 _MEMORY = "pc.ram"
 MOST_QUEUES = 4
+# SeaBIOS counts 16 heads and 63 sectors for a small disk. One with less than a cylinder of these has none for
+# it, so it cannot be started from, unless it is told otherwise. (On IDE it believes the disk, which says 2.)
+_CYLINDER = 16 * 63 * 512
+_ONE_CYLINDER = ",lcyls=1,lheads=16,lsecs=63"
 
 
 def command_line(
@@ -105,6 +109,8 @@ def _disks(disks: Disks, settings: Settings) -> list[str]:
             continue
         words += block_nodes(one, disks.socket)
         common = f"drive={one.id},id={one.id}-device,bootindex={number + first},serial=enban-{one.id}"
+        if one.bus != "ide" and 0 < one.size < _CYLINDER:
+            common += _ONE_CYLINDER
         if one.bus == "virtio":
             words += ["-device", f"virtio-blk-pci,iothread={IOTHREAD},{common}"]
             continue

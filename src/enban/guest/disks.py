@@ -8,6 +8,10 @@ because NBD tells a client the size once, when it connects.
 A guest's flush is our flush: it is answered when the bytes are durable. So neither QEMU nor this process may
 die at a moment when something flushed is lost. What was written but not flushed is in the engine of this
 process, and is written out if it ends in order.
+
+A guest's disk has whole sectors. QEMU rounds the size of an NBD export up, and what the guest then writes
+into the last sector is refused as beyond the end, which looks like a full file system. So the guest is shown
+the whole sectors alone, on every bus.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from ..storage.cdrom import find_drive
 from .settings import VHOST, DiskSettings, Settings
 
 CDROM = "cdrom"
+SECTOR = 512
 
 
 class GuestDisk:
@@ -45,7 +50,9 @@ class GuestDisk:
         self.disk = disk
         self.bus = bus
         self.snapshot = snapshot
-        self.export = ServedExport(disk.door, id, description=os.path.basename(disk.name))
+        self.export = ServedExport(
+            disk.door, id, description=os.path.basename(disk.name), size=self.size if bus else None
+        )
         self.nodes = 0
         self.vhost_socket = ""
         self._vhost: VhostServer | None = None
@@ -60,12 +67,17 @@ class GuestDisk:
         return self.disk.writable
 
     @property
+    def size(self) -> int:
+        """What the guest can see of it, in bytes."""
+        return self.disk.size // SECTOR * SECTOR if self.bus else self.disk.size
+
+    @property
     def keeps_snapshots(self) -> bool:
         return self.disk.format == "qcow2"
 
     def resized(self) -> None:
         """The next client is told the size that the disk has now; a guest on vhost is told at once."""
-        self.export.size = self.disk.size
+        self.export.size = self.size
         if self._vhost is not None:
             self._vhost.resized()
 
@@ -147,7 +159,12 @@ class Disks:
         """Open every disk and serve them. What was opened is closed again if one cannot be."""
         try:
             for number, one in enumerate(settings.disk_list()):
-                self.disks.append(_open(f"disk{number}", one, settings))
+                self.disks.append(disk := _open(f"disk{number}", one, settings))
+                if disk.size < disk.disk.size:
+                    self._log(
+                        f"{disk.name}: the guest sees {disk.size // SECTOR} whole sectors, not the "
+                        f"{disk.disk.size - disk.size} bytes after them; enban resize makes the disk larger"
+                    )
             if settings.cdrom:
                 self._first_disc(settings)
             exports = [one.export for one in self._all()]

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 from ..errors import EnbanError, PeerError, UsageError, from_oserror
 from ..storage.cdrom import DISC, CdromStorage, Drive
 from .command import DRIVE
+from .disks import SECTOR
 from .settings import LAYOUT, VHOST
 
 if TYPE_CHECKING:
     from .disks import GuestDisk
     from .machine import Machine
-
-SECTOR = 512
 
 
 async def resize(machine: Machine, one: GuestDisk, size: int) -> None:

@@ -36,6 +36,7 @@ from .disks import GuestDisk
 from .qmp import Monitor
 
 UNDO = "enban-undo"
+MOST_TAG = 128  # letters; it stands in tables and messages
 _STEP = 1 << 20
 
 
@@ -96,8 +97,11 @@ def list_states(disks: Sequence[GuestDisk]) -> list[State]:
 
 def check_free(disks: Sequence[GuestDisk], tag: str) -> list[GuestDisk]:
     """The disks to save on. Raises UsageError if the tag is taken on one of them."""
-    if not tag or tag == UNDO:
-        raise UsageError(f"'{tag}' cannot be the tag of a state", hint="give it another name")
+    if not tag or tag == UNDO or len(tag) > MOST_TAG or not tag.isprintable():
+        raise UsageError(
+            f"{tag[:MOST_TAG]!r} cannot be the tag of a state",
+            hint=f"give it another name, of up to {MOST_TAG} printable characters",
+        )
     members = writable(disks)
     for one in members:
         if snapshot_of(one.disk, tag) is not None:

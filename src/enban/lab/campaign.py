@@ -26,6 +26,8 @@ from .workload import parse_script
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from .workload import Operation
+
 # The share of the time that each part gets.
 SHARES = {"crash": 10, "faults": 5, "full": 1, "storm": 4, "kill": 5, "fuzz": 5}
 PARTS = tuple(SHARES)
@@ -41,12 +43,14 @@ GROWTH = 64 << 20
 class Soak:
     """Samples of memory and descriptors; the first part of a run is left out, as caches fill then."""
 
+    EVERY_S = 1.0
+
     def __init__(self) -> None:
         self.began = monotonic()
         self.samples: list[tuple[float, int, int]] = []  # (seconds, bytes resident, descriptors)
 
     def sample(self) -> None:
-        if self.samples and monotonic() - self.began < self.samples[-1][0] + 1.0:
+        if self.samples and monotonic() - self.began < self.samples[-1][0] + self.EVERY_S:
             return
         gc.collect()
         self.samples.append((monotonic() - self.began, resident(), open_descriptors()))
@@ -263,21 +267,20 @@ def _clock(seconds: float) -> str:
 
 
 def make_parts(
-    names: Sequence[str], seed: int, *, only: str = "", script: str = "", server: str = "", corpus: str = ""
+    names: Sequence[str],
+    seed: int,
+    *,
+    only: str = "",
+    script: str | None = None,
+    server: str = "",
+    corpus: str = "",
 ) -> list[Part]:
-    """The parts of these names. script: text of a workload for the crash explorer. Raises UsageError."""
+    """The parts of these names. script: text of a workload for the crash explorer. Raises UsageError,
+    and OSError if the corpus cannot be read."""
     made: list[Part] = []
     for name in names:
         if name == "crash":
-            operations = None
-            if script:
-                try:
-                    operations = parse_script(script, by_name(only))
-                except (ValueError, KeyError, IndexError) as error:
-                    raise UsageError(
-                        f"the script cannot be read: {error}", hint="say --only KIND too"
-                    ) from None
-            made.append(CrashPart(seed, only, script=operations))
+            made.append(CrashPart(seed, only, script=_operations(script, only)))
         elif name == "faults":
             made.append(FaultPart(seed, only))
         elif name == "full":
@@ -292,3 +295,14 @@ def make_parts(
     if not made:
         raise UsageError(f"no part has a kind of image '{only}'", hint="see: enban torture --list")
     return made
+
+
+def _operations(script: str | None, only: str) -> list[Operation] | None:
+    if script is None:
+        return None
+    try:
+        return parse_script(script, by_name(only))
+    except KeyError:
+        raise UsageError("a script is for one kind of image", hint="say --only KIND too") from None
+    except ValueError as error:
+        raise UsageError(f"the script cannot be read: {error}") from None

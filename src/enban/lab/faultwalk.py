@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from .images import View
 
-KINDS = (*IMAGES, EXTERNAL, *SNAPSHOTS, *(image for image in OTHERS if image.format != "raw"))
+KINDS = (*IMAGES, EXTERNAL, *SNAPSHOTS, *OTHERS)
 COUNT = 26  # operations of a workload
 
 _SPACE = (faults.WRITE, faults.ZERO, faults.ALLOCATE, faults.TRUNCATE)

@@ -11,16 +11,18 @@ import os
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
 import enban
-from enban.errors import EnbanError, HostError
+from enban.errors import EnbanError
 
-from .images import Image
-from .oracle import CORRUPT, ENGINE, FOREIGN, Oracle, Violation
+from .images import IMAGES, OTHERS, Image
+from .oracle import CORRUPT, ENGINE, FOREIGN, SECTOR, Oracle, Violation
 from .workload import Operation, fits, operations, run_until_error, see
 
+KINDS = (*IMAGES, *OTHERS)
 SIZE = 4 << 20
 ROUNDS = 3
 
@@ -83,6 +85,7 @@ class Place:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         largest = max((path.stat().st_size for path in self.directory.iterdir()), default=0)
+        largest = -(-largest // SECTOR) * SECTOR  # a disk is full at the end of a sector, never inside
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size is None else largest + size, hard))
 
     def close(self) -> None:
@@ -96,7 +99,11 @@ def fill(image: Image, seed: int, place: Place) -> tuple[int, int]:
     """Write to an image until there is no room, make room, go on. Returns (operations refused, all).
     Raises Violation."""
     path = place.directory / "image"
-    path.write_bytes(image.empty())
+    with open(path, "wb") as file:
+        if image.format == "raw":
+            file.truncate(image.size)  # with holes, or it would have all the room it needs
+        else:
+            file.write(image.empty())
     below = place.directory / "below"
     if image.backing:
         below.write_bytes(image.backing)
@@ -105,26 +112,29 @@ def fill(image: Image, seed: int, place: Place) -> tuple[int, int]:
     refused = done = 0
     try:
         disk = enban.open(path, writable=True, format=image.format)
-        for round_number in range(ROUNDS):
-            place.tighten(random.randrange(0, 48 << 10, 512))
-            try:
-                for operation in operations(
-                    image, 100 * seed + round_number, 30, snapshots=False, resizes=False
-                ):
-                    done += 1
-                    if not fits(operation, oracle):
-                        continue
-                    error = run_until_error(disk, oracle, operation, may_fail=True)
-                    if error is not None:
-                        refused += 1
-                        oracle.observe(operation, see(disk), what=f"{what}: {operation} failed")
-            finally:
-                place.loosen()
-            for operation in (Operation("flush"), Operation("read")):
-                run_until_error(disk, oracle, operation, may_fail=False)
+        try:
+            for round_number in range(ROUNDS):
+                place.tighten(random.randrange(0, 48 << 10, 512))
+                try:
+                    for operation in operations(
+                        image, 100 * seed + round_number, 30, snapshots=False, resizes=False
+                    ):
+                        done += 1
+                        if not fits(operation, oracle):
+                            continue
+                        error = run_until_error(disk, oracle, operation, may_fail=True)
+                        if error is not None:
+                            refused += 1
+                            oracle.observe(operation, see(disk), what=f"{what}: {operation} failed")
+                finally:
+                    place.loosen()
+                for operation in (Operation("flush"), Operation("read")):
+                    run_until_error(disk, oracle, operation, may_fail=False)
+        except BaseException:
+            with suppress(EnbanError):  # what led here is the one to report
+                disk.close()
+            raise
         disk.close()
-    except HostError as error:
-        raise Violation(ENGINE, f"{what}: {error}") from error
     except EnbanError as error:
         raise Violation(ENGINE, f"{what}: {error}") from error
     content = path.read_bytes()

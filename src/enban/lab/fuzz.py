@@ -22,7 +22,7 @@ from enban.block.codec import deflater
 from enban.block.disk import Disk
 from enban.block.runtime import BLOCKING, drive
 from enban.catalog import FORMATS, probe
-from enban.errors import EnbanError, UnsupportedFeatureError, UnsupportedOperationError
+from enban.errors import EnbanError, UnsupportedFeatureError, UnsupportedOperationError, UsageError
 from enban.storage.memory import MemoryStorage
 
 from .damage import SHAPES, Map, damage, make_image
@@ -334,10 +334,16 @@ class FuzzPart(Part):
 
 
 def load(directory: Path) -> list[tuple[str, bytearray]]:
-    """A corpus: every file of a directory; those ending in .z are inflated. Raises OSError."""
+    """A corpus: the files of a directory ending in .img, and in .z, which are inflated. Raises OSError,
+    UsageError for a directory without such files or one that cannot be inflated."""
     found = []
     for path in sorted(directory.iterdir()):
         if path.suffix in (".z", ".img"):
             raw = path.read_bytes()
-            found.append((path.name, bytearray(zlib.decompress(raw) if path.suffix == ".z" else raw)))
+            try:
+                found.append((path.name, bytearray(zlib.decompress(raw) if path.suffix == ".z" else raw)))
+            except zlib.error as error:
+                raise UsageError(f"no file packed by zlib: {error}", path=str(path)) from None
+    if not found:
+        raise UsageError("no images for the fuzzer here", path=str(directory), hint="they end in .img or .z")
     return found

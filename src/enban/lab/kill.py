@@ -54,8 +54,8 @@ class Server:
     def __init__(self, image: Path, socket: Path, format: str, command: str = "") -> None:
         socket.unlink(missing_ok=True)
         self.socket = socket
-        wanted = shlex.split(command) if command else OURS
-        words = [word.format(socket=socket, image=image, format=format) for word in wanted]
+        self._said: str | None = None
+        words = words_of(command, socket, image, format)
         # The server is to run the code that is being tested, wherever this process has it from.
         paths = [str(Path(enban.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -68,7 +68,7 @@ class Server:
                 env=environment,
             )
         except OSError as error:
-            raise UsageError(f"the server cannot be started: {error}") from None
+            raise UsageError(f"the server cannot be started: {words[0]}: {error.strerror}") from None
 
     def connect(self) -> NbdStorage:
         """A client's storage, as soon as the server answers."""
@@ -88,7 +88,7 @@ class Server:
             except EnbanError as error:
                 if self.process.poll() is not None or monotonic() > deadline:
                     raise Violation(
-                        ENGINE, f"the server did not come up: {error}; it said: {self.said()}"
+                        ENGINE, f"the server did not come up: {error}; it said: {self.said() or 'nothing'}"
                     ) from error
                 sleep(0.005)
 
@@ -98,11 +98,25 @@ class Server:
         return self.said()
 
     def said(self) -> str:
-        if self.process.poll() is None:
-            self.process.kill()
-        _, words = self.process.communicate()
-        text: str = words.decode(errors="replace").strip()
-        return text
+        """What it said on standard error, once it has ended; it is killed if need be."""
+        if self._said is None:
+            if self.process.poll() is None:
+                self.process.kill()
+            _, words = self.process.communicate()
+            self._said = words.decode(errors="replace").strip()
+        return self._said
+
+
+def words_of(command: str, socket: Path, image: Path, format: str) -> list[str]:
+    """A server's command with the places filled in; "" is our own. Raises UsageError."""
+    try:
+        wanted = shlex.split(command) if command else OURS
+        return [word.format(socket=socket, image=image, format=format) for word in wanted]
+    except (ValueError, KeyError, IndexError, AttributeError) as error:
+        raise UsageError(
+            f"the server's command cannot be read: {error}",
+            hint="it may have {socket}, {image} and {format} in braces",
+        ) from None
 
 
 class Load:
@@ -207,7 +221,7 @@ class KillPart(Part):
         random = Random(seed)
         server = self.serving = Server(path, self.directory / "socket", image.format, self.server)
         try:
-            storage = server.connect()
+            storage = self._connect(server)
             load = Load(storage, History(initial), seed)
             load.start()
             sleep(self.least_s + random.random() ** 2 * 0.25)
@@ -222,6 +236,15 @@ class KillPart(Part):
         if said and not self.server:
             raise Violation(ENGINE, f"{what}: the server said: {said}")
         return self._judge(image, path, load, now, what)
+
+    def _connect(self, server: Server) -> NbdStorage:
+        """A server of somebody else that has never come up was given to us wrongly: that is no finding."""
+        try:
+            return server.connect()
+        except Violation as violation:
+            if self.server and not self.counts.get("kills"):
+                raise UsageError(str(violation), hint="try the command by hand") from None
+            raise
 
     def _judge(self, image: Image, path: Path, load: Load, now: int, what: str) -> bytes:
         content = path.read_bytes()
@@ -242,7 +265,11 @@ class KillPart(Part):
         return seen
 
     def found(self, image: Image, seed: int, violation: Violation) -> Finding:
-        again = f"enban torture kill --seed {seed} --only {image} --count 1 (moments differ from run to run)"
+        server = f" --server {shlex.quote(self.server)}" if self.server else ""
+        again = (
+            f"enban torture kill --seed {seed} --only {image} --count 1{server} "
+            "(moments differ from run to run)"
+        )
         return Finding(self.name, image.name, seed, violation, again=again)
 
     def close(self) -> None:

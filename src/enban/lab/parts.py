@@ -15,6 +15,7 @@ from .crash import Explorer, Tally, record
 from .faultwalk import KINDS as FAULT_KINDS
 from .faultwalk import WAYS, walk, walk_failing_flush, walk_sizes
 from .findings import Finding
+from .fulldisk import KINDS as FULL_KINDS
 from .fulldisk import Place, fill
 from .images import ALL, EXTERNAL, Image
 from .live import KINDS as LIVE_KINDS
@@ -179,7 +180,7 @@ class FullDiskPart(Part):
     """A real file system that runs full."""
 
     name = "full"
-    kinds = FAULT_KINDS[:4]
+    kinds = FULL_KINDS
 
     def __init__(self, seed: int, only: str = "", tick: Callable[[], None] | None = None) -> None:
         super().__init__(seed, only, tick)

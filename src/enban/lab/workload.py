@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from enban.block.storage import Storage
 
 WRITES = ("write", "fua", "packed")
+MOST = 16 << 20  # of an offset or a length in a script; the lab's disks are much smaller
 
 
 class Operation:
@@ -73,28 +74,46 @@ class Operation:
 
 
 def parse_script(text: str, image: Image) -> list[Operation]:
-    """The operations of a script; lines that begin with # are remarks. Raises ValueError."""
+    """The operations of a script; lines that begin with # are remarks. Raises ValueError, which names the
+    line: also for a number that no disk of the lab has, and for a script of remarks alone."""
     found = []
-    for line in text.splitlines():
+    for number, line in enumerate(text.splitlines(), 1):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue
-        kind = words[0]
-        if kind in (*WRITES, "zero", "discard"):
-            offset, length = (int(part, 16) for part in words[1].split("+"))
-            stamp = int(words[2][1:]) if kind in WRITES else 0
-            content = content_of(image, kind, length, stamp) if kind in WRITES else b""
-            unmap = kind != "zero" or words[-1] == "unmap"
-            found.append(Operation(kind, offset, length, content, stamp=stamp, unmap=unmap))
-        elif kind == "resize":
-            found.append(Operation(kind, 0, int(words[1], 16)))
-        elif kind in ("snapshot", "apply", "delete"):
-            found.append(Operation(kind, name=words[1]))
-        elif kind in ("flush", "read", "reopen"):
-            found.append(Operation(kind))
-        else:
-            raise ValueError(f"'{line}' is no operation")
+        try:
+            found.append(_parse_operation(words, image))
+        except (ValueError, IndexError):
+            raise ValueError(f"line {number}, {line.strip()[:60]!r}, is no operation") from None
+    if not found:
+        raise ValueError("there is no operation in it")
     return found
+
+
+def _parse_operation(words: list[str], image: Image) -> Operation:
+    """Raises ValueError, IndexError."""
+    kind = words[0]
+    if kind in (*WRITES, "zero", "discard"):
+        offset, length = (_place(part) for part in words[1].split("+"))
+        stamp = int(words[2][1:]) if kind in WRITES else 0
+        content = content_of(image, kind, length, stamp) if kind in WRITES else b""
+        unmap = kind != "zero" or words[-1] == "unmap"
+        return Operation(kind, offset, length, content, stamp=stamp, unmap=unmap)
+    if kind == "resize":
+        return Operation(kind, 0, _place(words[1]))
+    if kind in ("snapshot", "apply", "delete"):
+        return Operation(kind, name=words[1])
+    if kind in ("flush", "read", "reopen"):
+        return Operation(kind)
+    raise ValueError(kind)
+
+
+def _place(text: str) -> int:
+    """An offset or a length."""
+    number = int(text, 16)
+    if not 0 <= number <= MOST:
+        raise ValueError(text)
+    return number
 
 
 def content_of(image: Image, kind: str, length: int, stamp: int) -> bytes:
