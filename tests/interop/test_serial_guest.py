@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import monotonic
 
 import pytest
@@ -227,6 +228,28 @@ def test_enban_run_gives_a_debug_port(tmp_path: Path) -> None:
             process.kill()
     assert process.returncode == 143 or process.returncode == 0, (tmp_path / "told").read_text()
     assert (tmp_path / "rec" / "target.raw").read_bytes().startswith(GREETING)
+    assert not (tmp_path / "kd").exists()
+
+
+@needs_qemu_system
+def test_a_debug_port_of_a_guest_that_does_not_start_leaves_nothing(tmp_path: Path) -> None:
+    """The second port cannot be had: the first is given back, the folder of its socket too."""
+    image, port = tmp_path / "boot.img", f"kd:unix={tmp_path / 'kd'}"
+    image.write_bytes(boot_sector())
+    words = ("run", "-f", "raw", "--no-terminal", "--name", tmp_path.name, "--serial", port, "--serial", port)
+    with TemporaryDirectory() as room:  # its name is short, as those of sockets must be
+        done = subprocess.run(
+            command(*words, str(image)),
+            env={**environment(), "TMPDIR": room, "XDG_RUNTIME_DIR": room},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert list(Path(room).glob("enban-kd-*")) == []
+    assert done.returncode == 1
+    assert "kd: cannot listen: address already in use" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "kd").exists()
 
 

@@ -33,8 +33,21 @@ def listen_unix(path: str, *, mode: int | None = None) -> socket.socket:
         sock.close()
         if "too long" in str(error):
             raise UsageError("path is too long for a unix socket", path=path) from None
-        raise from_oserror(error, "listen", path, hint="is another server using it?") from error
+        raise from_oserror(error, "listen", path, hint=listen_hint(error)) from error
     return sock
+
+
+def listen_hint(error: OSError) -> str:
+    """What to do about an address that cannot be listened on."""
+    import errno
+
+    hints = {
+        errno.EADDRINUSE: "is another server using it?",
+        errno.EADDRNOTAVAIL: "give an address of this machine, or * for all",
+        errno.EACCES: "take a path or a port that this user may have",
+        errno.ENOENT: "make the folder first",
+    }
+    return hints.get(error.errno or 0, "")
 
 
 def _is_stale(path: str) -> bool:
@@ -78,7 +91,7 @@ def listen_tcp(host: str, port: int) -> list[socket.socket]:
         assert failure is not None
         if isinstance(failure, socket.gaierror):
             raise UsageError(f"'{host}' is no address of this machine: {failure.strerror}")
-        raise from_oserror(failure, f"listen on port {port}", host, hint="is another server using it?")
+        raise from_oserror(failure, f"listen on port {port}", host, hint=listen_hint(failure))
     return found
 
 

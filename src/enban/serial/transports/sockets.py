@@ -159,6 +159,8 @@ class TcpListener(Listener):
         self.sockets = [self._listen()]
 
     def _listen(self) -> socket.socket:
+        from ...exports.sockets import listen_hint
+
         host = self._host or "127.0.0.1"
         everywhere = host == "*"
         try:
@@ -176,9 +178,8 @@ class TcpListener(Listener):
         except OverflowError:
             raise UsageError(f"{self._port} is no port", path=self.name) from None
         except OSError as error:
-            raise from_oserror(
-                error, f"listen on port {self._port}", self.name, hint="is another program using it?"
-            ) from error
+            what = f"listen on port {self._port}"
+            raise from_oserror(error, what, self.name, hint=listen_hint(error)) from error
         sock.listen(BACKLOG)
         sock.setblocking(False)
         return sock
