@@ -10,6 +10,10 @@ import socket
 
 from ..errors import UsageError, from_oserror
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 BACKLOG = 128
 _FIRST_PASSED_FD = 3  # by the protocol of sd_listen_fds(3)
 
@@ -95,13 +99,13 @@ def listen_tcp(host: str, port: int) -> list[socket.socket]:
     return found
 
 
-def _listen(family: int, kind: int, protocol: int, address: object) -> socket.socket:
+def _listen(family: int, kind: int, protocol: int, address: Any) -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(address)  # type: ignore[arg-type]
+        sock.bind(address)
         sock.listen(BACKLOG)
     except BaseException:
         sock.close()

@@ -15,6 +15,10 @@ import socket
 from ...errors import HostError, UsageError, from_oserror
 from .base import RETRY_S, Link, Transport
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 BACKLOG = 16
 # As small as kernels let it be: what lies in it was not paced yet.
 SMALL_BUFFER = 2048
@@ -39,7 +43,7 @@ def link_of(sock: socket.socket, peer: str, *, small: bool) -> Link:
 class Connector(Transport):
     """Connects, again and again until somebody is there, and again when the link is lost."""
 
-    def __init__(self, name: str, addresses: list[tuple[int, object]]) -> None:
+    def __init__(self, name: str, addresses: list[tuple[int, Any]]) -> None:
         """addresses: (family, address) in the order to try."""
         super().__init__(name)
         self._addresses = addresses
@@ -58,7 +62,7 @@ class Connector(Transport):
         if self._trying is None:
             self._trying = socket.socket(family, socket.SOCK_STREAM)
             self._trying.setblocking(False)
-            failed = self._trying.connect_ex(address)  # type: ignore[arg-type]
+            failed = self._trying.connect_ex(address)
         else:
             failed = self._trying.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if failed in _AGAIN and family != socket.AF_UNIX:
