@@ -7,14 +7,16 @@ The public API is this page (blocking) and `enban.aio` (asyncio, the same names)
 each layer imports only what stands lower:
 
     cli                                   the command
-    aio
+    guest, serial, lab                    machines; their serial lines; the integrity lab
+    aio                                   the same for asyncio
     jobs, exports                         work on whole disks; how others reach a disk
     catalog                               the table of drivers, the opener
     temporary                             overlays that vanish
     storage, formats, filters             where bytes rest; how they are arranged; what happens between
     block                                 the engine: contracts, door, requests, locks, mover
     wire                                  pure bytes
-    units, extent                         sizes and offsets; where bytes live
+    extent                                where bytes live
+    units, busy_poll                      sizes and offsets; whether looking before sleeping pays
     errors                                what can go wrong
 """
 

@@ -74,6 +74,11 @@ def test_json(recording: Path) -> None:
     assert facts["guest"] == "stopped"
     assert facts["target"]["retransmissions"] == 3
     assert facts["debugger"]["break-ins"] == 1
+    # The session acknowledges after 50 microseconds each time, and nobody acknowledges the last packet.
+    assert facts["target"]["ack-ms"] == {"median": pytest.approx(0.05), "longest": pytest.approx(0.05)}
+    last = facts["last-request"]
+    assert last["says"] == "Continue2" and not last["waiting"]
+    assert 4 < last["seconds-ago"] < facts["seconds"]
 
 
 def test_the_kernels_timeout(recording: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -11,12 +13,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from enban.errors import EnbanError, HostError, UsageError
+from enban.errors import EnbanError, HostError, NoSpaceError, UsageError
 from enban.serial.doctor import DEBUGGER, TARGET, Doctor
+from enban.serial.live import Live
+from enban.serial.looking import Looking
 from enban.serial.recording import BYTES, PIECE, Recorder, read, replay
 from enban.serial.tracking import MS
 from enban.wire.kd import constants as k
-from enban.wire.kd.parser import control_packet
+from enban.wire.kd.parser import control_packet, data_packet
 from tests.serial.kd_session import EXCEPTION, Session
 from tests.wire.kd_helpers import packets
 
@@ -215,3 +219,43 @@ def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
         replay(tmp_path)
     with pytest.raises(EnbanError, match="not empty"):
         Recorder(tmp_path, 0)
+
+
+class Full(io.StringIO):
+    """A trace that has no room for lines of one kind."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.lines: list[str] = []
+
+    def write(self, text: str) -> int:
+        if f'"kind": "{self.kind}"' in text:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.lines.append(text)
+        return len(text)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "packet"])
+def test_a_recording_without_room_ends_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """It is told when it happens and at the end; the doctor on the same line goes on to the end."""
+    said: list[str] = []
+    live = Live(record=str(tmp_path / "rec"), doctor=True, log=said.append)
+    recorder, doctor = live.observers
+    assert isinstance(recorder, Recorder) and isinstance(doctor, Doctor)
+    trace = Full(kind)
+    recorder._trace.close()
+    monkeypatch.setattr(recorder, "_trace", trace)
+    looking = Looking(live.observers, said.append)
+    looking.opened(TARGET)
+    for _ in range(5):
+        looking.saw(TARGET, data_packet(k.STATE_CHANGE64, k.INITIAL_ID, EXCEPTION))
+        looking.tick()
+    assert doctor.target.packets == 5
+    assert len([line for line in said if "cannot write the recording: no space left" in line]) == 1
+    assert [json.loads(line)["kind"] for line in trace.lines] == ["opened", "bytes"][: 1 + (kind == "packet")]
+    with pytest.raises(NoSpaceError, match="cannot write the recording"):
+        live.close()
+    live.close()

@@ -141,6 +141,10 @@ def test_a_terminal(tmp_path: Path) -> None:
         (("stdio", "stdio"), "stdio can be one end only"),
         (("tty:/dev/null", "unix:/a"), "/dev/null: is not a serial line"),
         (("unix:/no/such/folder/s,listen", "stdio"), "/no/such/folder/s: cannot listen"),
+        (("unix:/no/such/folder/s,listen", "stdio"), "make the folder first"),
+        (("tcp:192.0.2.1:5000,listen", "stdio"), "give an address of this machine"),
+        (("file:/no/such/log", "unix:/a"), "may only look on: it is no guest"),
+        (("unix:/a,watch", "unix:/b"), "may only look on: it is no guest"),
     ],
 )
 def test_what_is_refused(words: tuple[str, ...], says: str) -> None:
@@ -150,7 +154,7 @@ def test_what_is_refused(words: tuple[str, ...], says: str) -> None:
 def test_a_taken_port_leaves_nothing(tmp_path: Path) -> None:
     port = free_port()
     listener = Client(f"tcp:{port},listen")
-    assert "is another program using it?" in refused(
+    assert "is another server using it?" in refused(
         "serial", "bridge", f"unix:{tmp_path / 'g'},listen", f"tcp:{port},listen"
     )
     assert not (tmp_path / "g").exists()

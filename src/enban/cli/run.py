@@ -150,8 +150,9 @@ VERB = Verb(
         Flag("-k --layout", "Keyboard layout that the guest is set to: en-us, ja, de, ...", value="LAYOUT"),
         Flag(
             "--serial",
-            "A serial line, in order: stdio is this terminal, kd:... a bridge for a kernel debugger (see "
-            "`serial bridge`), none, file:PATH, pty or what else QEMU takes; without it one on the terminal",
+            "A serial line, in order: stdio is this terminal; kd:unix=PATH, kd:tcp=PORT, kd:pipe=PATH or "
+            "kd:tty=DEVICE,baud=N a port for kernel debuggers, with ,doctor and ,record=FOLDER as `serial "
+            "bridge` has them; none, file:PATH, pty or what else QEMU takes; without it one on the terminal",
             value="SPEC",
         ),
         Flag("--name", "Name for `enban ctl`; without it that of the first disk's file", value="NAME"),

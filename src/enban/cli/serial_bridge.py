@@ -25,6 +25,10 @@ def run(arguments: Arguments) -> int:
     sides = [parse_transport(text) for text in arguments.operands]
     if sum(side.name == "stdio" for side in sides) > 1:
         raise UsageError("stdio can be one end only")
+    if sides[0].watch:
+        raise UsageError(
+            f"'{sides[0].name}' may only look on: it is no guest", hint="name the guest's end first"
+        )
     quiet = arguments.on("-q")
     log = _drop if quiet else common.complain
     with Live(

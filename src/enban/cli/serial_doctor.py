@@ -92,18 +92,24 @@ def _head(path: str, doctor: Doctor) -> str:
 
 
 def _facts(path: str, doctor: Doctor, verdicts: list[Verdict]) -> dict[str, object]:
-    from enban.serial.tracking import SIDES
+    from enban.serial.tracking import SIDES, middle
 
     return {
         "recording": path,
         "seconds": (doctor.now_ns - max(0, doctor.began_ns)) / SECOND,
         "guest": doctor.state,
         "requests": doctor.requests,
+        "last-request": _last_request(doctor),
         **{
             name: {
                 "bytes": sender.bytes,
                 "packets": sender.packets,
                 "acknowledged": sender.acked,
+                "ack-ms": {
+                    "median": middle(sender.ack_ns) / 1e6,
+                    "longest": sender.ack_most_ns / 1e6,
+                },
+                "given-up": sender.given_up,
                 "retransmissions": sender.retransmissions,
                 "broken": sender.broken,
                 "noise": sender.noise + sender.parser.noise,
@@ -113,6 +119,20 @@ def _facts(path: str, doctor: Doctor, verdicts: list[Verdict]) -> dict[str, obje
             for name, sender in zip(SIDES, doctor.sides, strict=True)
         },
         "verdicts": [verdict.as_dict() for verdict in verdicts],
+    }
+
+
+def _last_request(doctor: Doctor) -> dict[str, object] | None:
+    """What the debugger asked last, how long ago, whether it waits for the answer still."""
+    request = doctor.request
+    if request is None:
+        return None
+    return {
+        "says": request.words,
+        "offset": request.packet.offset,
+        "seconds-ago": (doctor.now_ns - request.sent_ns) / SECOND,
+        "acknowledged": request.acked_ns > 0,
+        "waiting": request.is_open,
     }
 
 

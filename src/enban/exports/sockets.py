@@ -10,6 +10,10 @@ import socket
 
 from ..errors import UsageError, from_oserror
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 BACKLOG = 128
 _FIRST_PASSED_FD = 3  # by the protocol of sd_listen_fds(3)
 
@@ -33,8 +37,21 @@ def listen_unix(path: str, *, mode: int | None = None) -> socket.socket:
         sock.close()
         if "too long" in str(error):
             raise UsageError("path is too long for a unix socket", path=path) from None
-        raise from_oserror(error, "listen", path, hint="is another server using it?") from error
+        raise from_oserror(error, "listen", path, hint=listen_hint(error)) from error
     return sock
+
+
+def listen_hint(error: OSError) -> str:
+    """What to do about an address that cannot be listened on."""
+    import errno
+
+    hints = {
+        errno.EADDRINUSE: "is another server using it?",
+        errno.EADDRNOTAVAIL: "give an address of this machine, or * for all",
+        errno.EACCES: "take a path or a port that this user may have",
+        errno.ENOENT: "make the folder first",
+    }
+    return hints.get(error.errno or 0, "")
 
 
 def _is_stale(path: str) -> bool:
@@ -78,17 +95,17 @@ def listen_tcp(host: str, port: int) -> list[socket.socket]:
         assert failure is not None
         if isinstance(failure, socket.gaierror):
             raise UsageError(f"'{host}' is no address of this machine: {failure.strerror}")
-        raise from_oserror(failure, f"listen on port {port}", host, hint="is another server using it?")
+        raise from_oserror(failure, f"listen on port {port}", host, hint=listen_hint(failure))
     return found
 
 
-def _listen(family: int, kind: int, protocol: int, address: object) -> socket.socket:
+def _listen(family: int, kind: int, protocol: int, address: Any) -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(address)  # type: ignore[arg-type]
+        sock.bind(address)
         sock.listen(BACKLOG)
     except BaseException:
         sock.close()

@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from time import monotonic_ns
 from types import TracebackType
@@ -123,7 +123,9 @@ class Machine:
             else:
                 arguments, work = port()
                 self._serial.append(arguments)
-                self._ports.append(asyncio.create_task(work))
+                self._ports.append(asyncio.create_task(self._carry(work)))
+                # Let it begin: a task that is cancelled before that has no chance to clean up.
+                await asyncio.sleep(0)
         if self.settings.display == "vnc":
             self._vnc = VncFront(report=lambda text: self.log(f"VNC: {text}"), settle=self._keys_were_read)
             upstream = f"unix:{place.file('vnc')}"
@@ -136,6 +138,13 @@ class Machine:
         if not self.settings.paused:
             await self._resume()
         self._follower = asyncio.create_task(self._follow_drive())
+
+    async def _carry(self, work: Coroutine[Any, Any, None]) -> None:
+        """A serial line that is served here; the guest goes on without it if it fails."""
+        try:
+            await work
+        except (EnbanError, OSError) as error:
+            self.log(f"serial line: {error}")
 
     def _on_full(self, reason: str) -> None:
         """A disk's thread has no room for a write: pause, then the write is tried again when it goes on."""

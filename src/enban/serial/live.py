@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from time import monotonic_ns
 
+from ..errors import EnbanError
 from .doctor import Doctor
 from .injection import Injector
 from .recording import Recorder
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
+    from ..wire.kd.parser import Event
     from .looking import Observer
 
 
@@ -44,11 +46,18 @@ class Live:
             self.observers.append(self._recorder)
         if record or doctor or inject_reset or inject_break_in:
             # After the recorder: bytes are recorded before what is said of them.
-            on_event = self._recorder.event if self._recorder is not None else None
-            self._doctor = Doctor(on_event=on_event)
+            self._doctor = Doctor(on_event=self._event if self._recorder is not None else None)
             self.observers.append(self._doctor)
             if inject_reset or inject_break_in:
                 self.injector = Injector(self._doctor, break_in=inject_break_in, reset=inject_reset)
+
+    def _event(self, side: int, event: Event, when_ns: int) -> None:
+        """For the recorder. If it cannot write any more, the doctor goes on without it."""
+        assert self._recorder is not None
+        try:
+            self._recorder.event(side, event, when_ns)
+        except EnbanError as error:
+            self._log(f"nothing more is recorded: {error}")
 
     def tick(self) -> None:
         """Tell what has become wrong, and what has come right again."""
@@ -68,7 +77,8 @@ class Live:
             self._log(f"doctor: {line}")
 
     def close(self) -> None:
-        """The last word, and the end of the recording. May be called twice."""
+        """The last word, and the end of the recording. May be called twice. Raises HostError if the recording
+        is not whole."""
         if self._doctor is not None and self._tells:
             for verdict in self._doctor.verdicts(monotonic_ns()):
                 self._say(verdict.words())

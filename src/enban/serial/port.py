@@ -59,7 +59,8 @@ def debug_port(
     log: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[str], Coroutine[Any, Any, None]]:
     """The arguments that give QEMU the port (a chardev and a serial port on it), and the coroutine that runs
-    the bridge until it is cancelled. Debuggers and QEMU may connect when this returns.
+    the bridge until it is cancelled (it cleans up, so let it begin before that). Debuggers and QEMU may
+    connect when this returns.
 
     spec: `kd:unix=PATH`, `kd:tcp=PORT` or `kd:tcp=HOST:PORT`, `kd:pipe=PATH`, `kd:tty=DEVICE,baud=N`, and
     the options of that transport; `record=FOLDER` and `doctor` besides. id: the chardev's. Raises
@@ -81,9 +82,9 @@ def debug_port(
         )
         bridge.open()
     except BaseException:
+        shutil.rmtree(room, ignore_errors=True)
         if live is not None:
             live.close()
-        shutil.rmtree(room, ignore_errors=True)
         raise
     quoted = path.replace(",", ",,")
     arguments = ["-chardev", f"socket,id={id},path={quoted}", "-serial", f"chardev:{id}"]
@@ -94,8 +95,8 @@ async def _carry(bridge: Bridge, live: Live, room: str) -> None:
     try:
         await run_in_thread(bridge)
     finally:
-        live.close()
         shutil.rmtree(room, ignore_errors=True)
+        live.close()
 
 
 async def run_in_thread(bridge: Bridge) -> None:

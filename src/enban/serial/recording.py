@@ -16,12 +16,13 @@ whole as far as it goes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 from pathlib import Path
 
-from ..errors import UsageError, from_oserror
+from ..errors import EnbanError, UsageError, from_oserror
 from ..wire.kd.messages import decode
 from ..wire.kd.parser import BreakIn, Broken, Event, Noise, Packet
 from .doctor import Doctor
@@ -42,7 +43,8 @@ START, BYTES, OPENED, CLOSED, INJECTED, END = "recording", "bytes", "opened", "c
 class Recorder:
     """Writes a recording while it happens. An observer of the bridge, as the doctor is.
 
-    folder: made; must not exist or be empty. now_ns: the clock's time at the start. Raises HostError.
+    folder: made; must not exist or be empty. now_ns: the clock's time at the start. Raises HostError, also
+    for each call that could not write: once, for nothing is written after it, and again at `close`.
     """
 
     def __init__(self, folder: str | os.PathLike[str], now_ns: int) -> None:
@@ -50,6 +52,7 @@ class Recorder:
         self._start_ns = now_ns
         self._flushed_ns = now_ns
         self._offsets = [0, 0]
+        self._failure: EnbanError | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if any(self.folder.iterdir()):
@@ -68,13 +71,13 @@ class Recorder:
         self._write(when_ns, {"kind": CLOSED, "side": SIDES[side]})
 
     def saw(self, side: int, data: bytes | bytearray | memoryview, when_ns: int) -> None:
-        if not data:
+        if not data or self._failure is not None:
             return
         offset = self._offsets[side]
         try:
             self._raw[side].write(data)
         except OSError as error:
-            raise from_oserror(error, "write the recording", str(self.folder)) from error
+            raise self._failed(error) from error
         self._offsets[side] = offset + len(data)
         self._write(when_ns, {"kind": BYTES, "side": SIDES[side], "offset": offset, "length": len(data)})
 
@@ -98,23 +101,35 @@ class Recorder:
             self._flush(when_ns)
         finally:
             for file in (*self._raw, self._trace):
-                file.close()
+                with contextlib.suppress(OSError):  # what it still holds was told of when it failed
+                    file.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def _failed(self, error: OSError) -> EnbanError:
+        """Nothing is written after this: a recording must not have gaps."""
+        self._failure = from_oserror(error, "write the recording", str(self.folder))
+        return self._failure
 
     def _write(self, when_ns: int, fields: dict[str, Any]) -> None:
+        if self._failure is not None:
+            return
         try:
             self._trace.write(json.dumps({"t": when_ns - self._start_ns, **fields}) + "\n")
         except OSError as error:
-            raise from_oserror(error, "write the recording", str(self.folder)) from error
+            raise self._failed(error) from error
         if when_ns - self._flushed_ns > SECOND // 5:
             self._flush(when_ns)
 
     def _flush(self, when_ns: int) -> None:
         self._flushed_ns = when_ns
+        if self._failure is not None:
+            return
         try:
             for file in (*self._raw, self._trace):  # the trace last: it speaks of the others
                 file.flush()
         except OSError as error:
-            raise from_oserror(error, "write the recording", str(self.folder)) from error
+            raise self._failed(error) from error
 
 
 class Moment:

@@ -10,6 +10,10 @@ import sys
 from ...errors import from_oserror
 from .base import Link, LinkEnded, Transport
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 ESCAPE = b"\x1d"  # Ctrl-]
 # POLLOUT of a pipe promises room for so much without waiting (POSIX: PIPE_BUF is at least 512).
 _SURE = 512
@@ -23,7 +27,7 @@ class Stdio(Transport):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self._before: list[object] | None = None
+        self._before: list[Any] | None = None
         self._fds: list[int] = []
 
     def open(self) -> None:
@@ -62,7 +66,7 @@ class Stdio(Transport):
             import termios
 
             with contextlib.suppress(termios.error):
-                termios.tcsetattr(0, termios.TCSADRAIN, self._before)  # type: ignore[arg-type]
+                termios.tcsetattr(0, termios.TCSADRAIN, self._before)
             self._before = None
 
     def close(self) -> None:

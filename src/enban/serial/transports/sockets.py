@@ -15,6 +15,10 @@ import socket
 from ...errors import HostError, UsageError, from_oserror
 from .base import RETRY_S, Link, Transport
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 BACKLOG = 16
 # As small as kernels let it be: what lies in it was not paced yet.
 SMALL_BUFFER = 2048
@@ -39,7 +43,7 @@ def link_of(sock: socket.socket, peer: str, *, small: bool) -> Link:
 class Connector(Transport):
     """Connects, again and again until somebody is there, and again when the link is lost."""
 
-    def __init__(self, name: str, addresses: list[tuple[int, object]]) -> None:
+    def __init__(self, name: str, addresses: list[tuple[int, Any]]) -> None:
         """addresses: (family, address) in the order to try."""
         super().__init__(name)
         self._addresses = addresses
@@ -58,7 +62,7 @@ class Connector(Transport):
         if self._trying is None:
             self._trying = socket.socket(family, socket.SOCK_STREAM)
             self._trying.setblocking(False)
-            failed = self._trying.connect_ex(address)  # type: ignore[arg-type]
+            failed = self._trying.connect_ex(address)
         else:
             failed = self._trying.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if failed in _AGAIN and family != socket.AF_UNIX:
@@ -159,6 +163,8 @@ class TcpListener(Listener):
         self.sockets = [self._listen()]
 
     def _listen(self) -> socket.socket:
+        from ...exports.sockets import listen_hint
+
         host = self._host or "127.0.0.1"
         everywhere = host == "*"
         try:
@@ -176,9 +182,8 @@ class TcpListener(Listener):
         except OverflowError:
             raise UsageError(f"{self._port} is no port", path=self.name) from None
         except OSError as error:
-            raise from_oserror(
-                error, f"listen on port {self._port}", self.name, hint="is another program using it?"
-            ) from error
+            what = f"listen on port {self._port}"
+            raise from_oserror(error, what, self.name, hint=listen_hint(error)) from error
         sock.listen(BACKLOG)
         sock.setblocking(False)
         return sock
