@@ -113,6 +113,7 @@ class Opener:
     """Opens chains under one set of rules.
 
     cache: cache mode of every file. lock: take QEMU's image locks (not for `--force-share`).
+    share_below: take none for backing files, so that another process may be writing to them.
     gate: what names found in images may be opened. metadata_only: no guest data will be touched.
     snapshot_name: id or name of the internal snapshot to show in place of the top image's active state.
     passphrase: of encrypted images that have no option `encrypt.key-file`.
@@ -127,6 +128,7 @@ class Opener:
         gate: Gate = SIBLINGS,
         cache: str = "writeback",
         lock: bool = True,
+        share_below: bool = False,
         metadata_only: bool = False,
         snapshot_name: str = "",
         passphrase: Passphrase = None,
@@ -137,6 +139,7 @@ class Opener:
         self.gate = gate
         self.cache = cache
         self.lock = lock
+        self.share_below = share_below
         self.metadata_only = metadata_only
         self.snapshot_name = snapshot_name
         self.passphrase = passphrase
@@ -150,6 +153,7 @@ class Opener:
         """A node and, with `backing`, all below it (those read-only)."""
         seen: set[Any] = set()
         top = node = await self._open_one(parse_reference(reference), format, writable, seen)
+        lock, self.lock = self.lock, self.lock and not self.share_below
         try:
             options = parse_reference(reference) if backing else None
             while options is not None:
@@ -158,6 +162,8 @@ class Opener:
         except BaseException:
             await _close_quietly(top)
             raise
+        finally:
+            self.lock = lock
         return top
 
     async def _open_below(self, top: Node, node: Node, options: Options, seen: set[Any]) -> Options | None:
