@@ -38,19 +38,35 @@ _LOCAL = ("file", "host_device", "host_cdrom")  # names of QEMU's drivers for wh
 FORMATS = ("raw", "qcow2", "qcow")
 FILTERS = ("throttle", "trace", "delay", "faults", "writelog")  # see filters/options.py
 
-# Content that marks formats we have no driver for: taken for raw, their bytes would be misread.
+# What can be said of a disk, by its format. _TUNING, which tells QEMU how to work, changes nothing in what
+# the disk is and is passed over. All else is refused: `ofset=1M`, passed over, would be the wrong disk.
+_OF_FORMATS = {"raw": ("offset", "size"), "qcow2": ("data-file", "encrypt"), "qcow": ("encrypt",)}
+_OF_NODES = ("backing", "offset", "size", "data-file", "encrypt")
+_TUNING = (
+    *("aio", "auto-read-only", "cache", "cache-clean-interval", "cache-size", "detect-zeroes", "discard"),
+    *("l2-cache-entry-size", "l2-cache-size", "lazy-refcounts", "node-name", "overlap-check"),
+    *("pass-discard-other", "pass-discard-request", "pass-discard-snapshot", "refcount-cache-size"),
+)
+
+PROBE_BYTES = 512
+
+# Content that marks formats we have no driver for: taken for raw, their bytes would be misread. Whatever QEMU
+# would take for a format of its own is here, so that a raw image we write does not become one there.
 _FOREIGN = (
     (b"KDMV", 0, "vmdk"),
+    (b"COWD", 0, "vmdk"),
     (b"# Disk DescriptorFile", 0, "vmdk"),
     (b"<<< ", 0, "vdi"),
+    (b"\x7f\x10\xda\xbe", 0x40, "vdi"),
     (b"vhdxfile", 0, "vhdx"),
     (b"conectix", 0, "vpc"),
     (b"WithoutFreeSpace", 0, "parallels"),
     (b"WithouFreSpacExt", 0, "parallels"),
     (b"QED\0", 0, "qed"),
     (b"LUKS\xba\xbe", 0, "luks"),
+    (b"Bochs Virtual HD Image", 0, "bochs"),
+    (b"#!/bin/sh\n#V2.0 Format\n", 0, "cloop"),
 )
-PROBE_BYTES = 512
 
 
 def probe(start: bytes | bytearray) -> str:
@@ -64,27 +80,17 @@ def probe(start: bytes | bytearray) -> str:
     for magic, offset, name in _FOREIGN:
         if start[offset : offset + len(magic)] == magic:
             return name
-    return "raw"
+    return "vmdk" if _is_descriptor(start) else "raw"
 
 
-def parse_image_opts(text: str) -> Options:
-    """`driver=qcow2,file.filename=x,...` as nested options. A doubled comma stands for a comma."""
-    options: Options = {}
-    for item in text.replace(",,", "\0").split(","):
-        key, equals, value = item.replace("\0", ",").partition("=")
-        if not equals or not key:
-            raise UsageError(
-                f"'{item}' is not of the form key=value", hint="example: driver=raw,file.filename=disk.img"
-            )
-        place = options
-        *parents, last = key.split(".")
-        for parent in parents:
-            inner = place.setdefault(parent, {})
-            if not isinstance(inner, dict):
-                raise UsageError(f"option '{key}' contradicts '{parent}'")
-            place = inner
-        place[last] = value
-    return options
+def _is_descriptor(start: bytes | bytearray) -> bool:
+    """A VMDK descriptor: a text whose first line that is neither empty nor a comment is its version."""
+    if start[:1] not in (b"#", b" ", b"\r", b"\n", b"v"):
+        return False
+    for line in bytes(start).split(b"\n"):
+        if line and not line.startswith(b"#") and line.strip(b" \r"):
+            return line.rstrip(b"\r") in (b"version=1", b"version=2", b"version=3")
+    return False
 
 
 def parse_reference(reference: str | Options) -> Options:
@@ -97,37 +103,17 @@ def parse_reference(reference: str | Options) -> Options:
     if not isinstance(reference, str):
         raise UsageError(f"{reference!r} is neither a file name nor a group of options")
     if reference.startswith("json:"):
-        import json
+        from .wire.image_options import parse_json
 
-        try:
-            options = json.loads(reference[5:])
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"'{reference}' is not valid JSON: {error}") from None
-        if not isinstance(options, dict):
-            raise UsageError(f"'{reference}' is not a JSON object")
-        return _unfold(options)
+        return parse_json(reference)
     return {"filename": reference}
-
-
-def _unfold(options: Options) -> Options:
-    """Dotted keys of a JSON object as nested objects."""
-    result: Options = {}
-    for key, value in options.items():
-        place = result
-        *parents, last = key.split(".")
-        for parent in parents:
-            inner = place.setdefault(parent, {})
-            if not isinstance(inner, dict):
-                raise UsageError(f"option '{key}' contradicts '{parent}'")
-            place = inner
-        place[last] = _unfold(value) if isinstance(value, dict) else value
-    return result
 
 
 class Opener:
     """Opens chains under one set of rules.
 
     cache: cache mode of every file. lock: take QEMU's image locks (not for `--force-share`).
+    share_below: take none for backing files, so that another process may be writing to them.
     gate: what names found in images may be opened. metadata_only: no guest data will be touched.
     snapshot_name: id or name of the internal snapshot to show in place of the top image's active state.
     passphrase: of encrypted images that have no option `encrypt.key-file`.
@@ -142,6 +128,7 @@ class Opener:
         gate: Gate = SIBLINGS,
         cache: str = "writeback",
         lock: bool = True,
+        share_below: bool = False,
         metadata_only: bool = False,
         snapshot_name: str = "",
         passphrase: Passphrase = None,
@@ -152,6 +139,7 @@ class Opener:
         self.gate = gate
         self.cache = cache
         self.lock = lock
+        self.share_below = share_below
         self.metadata_only = metadata_only
         self.snapshot_name = snapshot_name
         self.passphrase = passphrase
@@ -165,6 +153,7 @@ class Opener:
         """A node and, with `backing`, all below it (those read-only)."""
         seen: set[Any] = set()
         top = node = await self._open_one(parse_reference(reference), format, writable, seen)
+        lock, self.lock = self.lock, self.lock and not self.share_below
         try:
             options = parse_reference(reference) if backing else None
             while options is not None:
@@ -173,6 +162,8 @@ class Opener:
         except BaseException:
             await _close_quietly(top)
             raise
+        finally:
+            self.lock = lock
         return top
 
     async def _open_below(self, top: Node, node: Node, options: Options, seen: set[Any]) -> Options | None:
@@ -220,9 +211,13 @@ class Opener:
             if inner is None:
                 raise UsageError(f"driver {driver} needs a file", hint="give file.filename=...")
             format = driver
+            _check_options(
+                options, ("driver", "file", "filename", "backing", *_OF_FORMATS[driver]), driver, writable
+            )
             storage = await self.open_storage(parse_reference(inner), writable=writable)
         else:
-            storage = await self.open_storage(options, writable=writable)
+            own = {key: value for key, value in options.items() if key not in _OF_NODES}
+            storage = await self.open_storage(own, writable=writable)
         try:
             if storage.identity in seen:
                 raise loop(storage.name)
@@ -239,6 +234,10 @@ class Opener:
         name, guessed = storage.name, not format
         if guessed:
             format = probe(await storage.read(0, min(PROBE_BYTES, storage.size())))
+        if format in FORMATS:
+            for key in _OF_NODES:
+                if key in options and key != "backing" and key not in _OF_FORMATS[format]:
+                    raise _no_option(format, key, _OF_FORMATS[format])
         if format == "raw":
             from .formats.raw import RawNode
             from .units import parse_size
@@ -346,16 +345,21 @@ class Opener:
         filename = options.get("filename")
         if driver in FILTERS:
             return await self._open_filter(driver, options, writable)
-        if filename is None and isinstance(options.get("file"), dict):
+        if filename is None and "driver" not in options and isinstance(options.get("file"), dict):
+            _check_options(options, ("file",), driver, writable)
             return await self.open_storage(options["file"], writable=writable, create=create)
-        if driver == "nbd" or (driver == "file" and isinstance(filename, str) and _is_nbd(filename)):
-            from .storage.nbd import open_nbd
+        if driver == "nbd" or (driver == "file" and isinstance(filename, str) and is_nbd(filename)):
+            from .storage.nbd import OPTIONS, open_nbd
 
+            _check_options(options, OPTIONS, "nbd", writable)
             return await self.runtime.offload(open_nbd, options, self.runtime, writable)
+        if driver in FORMATS:
+            raise UsageError(f"driver {driver} cannot be the file of another driver")
         if driver not in _LOCAL or not isinstance(filename, str) or not filename:
             raise UsageError(
                 f"driver '{driver}' is not known or needs a filename", hint="use driver=file,filename=..."
             )
+        _check_options(options, ("driver", "filename"), driver, writable)
         filename = filename.removeprefix("file:")
         from .storage.host import is_block_device
 
@@ -397,6 +401,19 @@ def refuse_loop(top: Node, error: LockedError) -> None:
         node = node.backing
 
 
+def _check_options(options: Options, known: tuple[str, ...], driver: str, writable: bool) -> None:
+    for key, value in options.items():
+        if key == "read-only":
+            if writable and str(value).lower() in ("on", "yes", "true", "y"):
+                raise UsageError("the image is to be written, but its options say read-only")
+        elif key not in known and key not in _TUNING:
+            raise _no_option(driver, key, known)
+
+
+def _no_option(driver: str, key: str, known: tuple[str, ...]) -> UsageError:
+    return UsageError(f"driver {driver} has no option '{key}'", hint=f"there is {', '.join(known)}")
+
+
 def _refuse_filters(options: Options, image: str) -> None:
     """Filters are for people to put into a chain: some write files. An image may not ask for them."""
     while isinstance(options, dict):
@@ -411,7 +428,7 @@ def _scheme(name: str) -> bool:
     return "://" in name or name.startswith(("nbd:", "file:", "json:"))
 
 
-def _is_nbd(name: str) -> bool:
+def is_nbd(name: str) -> bool:
     return name.startswith(("nbd:", "nbds:", "nbd+unix:", "nbds+unix:"))
 
 

@@ -134,7 +134,7 @@ def test_help_of_every_verb(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(VERBS))
 def test_examples_in_the_help_parse(name: str) -> None:
     for _, example in load(name).examples:
-        found, words = verb_of(shlex.split(example.split(" |")[0].split(" <")[0]))
+        found, words = verb_of(shlex.split(example.split(" |")[0].split(" <")[0].split(" >")[0]))
         parse(load(found), words)
 
 

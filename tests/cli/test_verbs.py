@@ -17,7 +17,7 @@ from enban import SIBLINGS, TRUSTED
 from enban import open as open_disk
 from enban.jobs.copier import ConvertResult
 from tests.cli.command import command, enban, environment, refused
-from tests.support import KIB, MIB, make_qcow2, pattern
+from tests.support import KIB, MIB, make_qcow2, needs_qemu_img, pattern, qemu_img
 
 
 @pytest.fixture
@@ -171,6 +171,32 @@ def test_an_image_in_use(tmp_path: Path) -> None:
         refused("create", "-f", "qcow2", path, "1M")
         refused("convert", path, tmp_path / "copy.raw")
         enban("convert", "-U", path, tmp_path / "copy.raw")
+
+
+@needs_qemu_img
+def test_a_backing_file_in_use(tmp_path: Path) -> None:
+    """A new overlay needs nothing but its name and size, as for qemu-img. To read it needs -U."""
+    base, alone = make_qcow2(tmp_path / "base.qcow2", MIB), make_qcow2(tmp_path / "alone.qcow2", MIB)
+    for path in (base, alone):
+        with open_disk(path, writable=True) as disk:
+            disk.pwrite(path.name.encode(), 0)
+    with open_disk(base, writable=True), open_disk(alone, writable=True):
+        for name in ("theirs", "ours"):
+            words = ("create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", tmp_path / name)
+            if name == "ours":
+                enban(*words)
+            else:
+                qemu_img(*words)
+            assert json.loads(enban("info", "--output=json", tmp_path / name).out)["virtual-size"] == MIB
+        overlay = tmp_path / "ours"
+        for target in ("", alone):
+            more = ("-F", "qcow2") if target else ()
+            assert "--force-share" in refused("rebase", "-b", target, *more, overlay)
+        enban("rebase", "-U", "-b", alone, "-F", "qcow2", overlay)
+        enban("rebase", "-U", "-b", "", overlay)
+        with open_disk(overlay, writable=True) as disk:
+            assert disk.pread(16, 0) == b"base.qcow2".ljust(16, b"\0")
+            assert "stop it" in refused("rebase", "-U", "-b", "", overlay)  # the image itself stays locked
 
 
 def test_check_without_a_check(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import socket
 import threading
 import time
@@ -30,6 +31,7 @@ from tests.support import check_file, make_qcow2, open_memory, pattern
 
 STYLES = (c.SIMPLE, c.STRUCTURED, c.EXTENDED)
 HOLE = c.STATE_HOLE | c.STATE_ZERO
+TCP_REPAIR = 19  # Linux's; the socket module does not name it
 
 
 def wait_until(condition: object, seconds: float = 20) -> None:
@@ -447,6 +449,47 @@ def test_a_half_closed_connection_still_gets_its_answers(tmp_path: Path) -> None
         wait_until(lambda: running.server.clients == 0)
 
 
+def test_a_client_that_vanishes_without_a_word_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A half-open TCP connection, as a machine that lost its power leaves it: the place is free again, and
+    nobody else notices. (TCP_REPAIR has a socket closed without telling the other side.)"""
+    real = socket.socket.setsockopt
+
+    def sooner(sock: socket.socket, level: int, name: int, value: int) -> None:
+        if level == socket.IPPROTO_TCP and name in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
+            assert value <= 60
+            value = 1
+        real(sock, level, name, value)
+
+    monkeypatch.setattr(socket.socket, "setsockopt", sooner)
+    door = open_disk(make_qcow2(tmp_path / "d.qcow2", MIB))
+    running = Running([ServedExport(door)], tmp_path, shared=2)
+    running.server.listeners += sockets.listen_tcp("", 0)
+    running.server.request_status()  # has it look at its listeners again
+    address = running.server.listeners[-1].getsockname()[:2]
+    try:
+        with running.peer() as other:
+            lost = Peer(address)
+            lost.write(0, b"its last words")
+            time.sleep(0.3)  # its kernel has acknowledged the answer: from now on there is silence
+            assert running.server.clients == 2
+            try:
+                lost.socket.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+            except PermissionError:
+                pytest.skip("closing a TCP connection silently needs CAP_NET_ADMIN")
+            lost.socket.close()
+            other.write(4096, b"goes on")
+            wait_until(lambda: running.server.clients == 1)
+            assert other.read(0, 14) == b"its last words" and other.read(4096, 7) == b"goes on"
+            with Peer(address) as third:
+                assert third.read(4096, 7) == b"goes on"
+                third.close()
+    finally:
+        running.stop()
+        drive(door.close())
+
+
 def test_clients_over_the_limit_wait_until_one_leaves(tmp_path: Path) -> None:
     door = open_disk(make_qcow2(tmp_path / "d.qcow2", MIB))
     with serving(door, folder=tmp_path, shared=1) as running:
@@ -646,14 +689,32 @@ def test_a_disk_closed_under_the_server_fails_requests(tmp_path: Path) -> None:
 
 
 def test_status_shows_what_is_in_flight(tmp_path: Path) -> None:
-    storage = Delay(MemoryStorage(BLOCKING, bytes(MIB)), most_s=0.5)
+    """A write is held at the disk; the log then says who waits for what, and for how long."""
+    held, go = threading.Event(), threading.Event()
+
+    def hold(call: Call) -> Fault | None:
+        if call.operation == "write":
+            held.set()
+            assert go.wait(30)
+        return None
+
+    storage = Faults(MemoryStorage(BLOCKING, bytes(MIB)), hold)
     door = Door(RawNode("disk", BLOCKING, storage, writable=True), writable=True)
     with serving(door, folder=tmp_path) as running, running.peer() as peer:
-        transaction = peer.send(c.CMD_WRITE, 4096, 0, 0, b"x" * 4096)
-        wait_until(lambda: "WRITE 0x1000+0x1000 flags" in running.server.status() or transaction.done)
-        running.server.request_status()
-        peer.collect(transaction)
-        wait_until(lambda: any("1 client(s) now" in line for line in running.log))
+        try:
+            transaction = peer.send(c.CMD_WRITE, 4096, 0, 0, b"x" * 4096)
+            assert held.wait(30)
+            time.sleep(0.05)
+            running.server.request_status()
+            wait_until(lambda: any("requests begun" in line for line in running.log))
+        finally:
+            go.set()
+        assert peer.collect(transaction).error == 0
+    told = "\n".join(running.log)
+    assert "1 client(s) now, 1 ever" in told
+    age = re.search(r"client 1: export '', 0 requests answered, 1 in flight for ([\d.]+) ms", told)
+    assert age is not None and 50 <= float(age[1]) < 60_000, told
+    assert "\n    WRITE 0x1000+0x1000 flags " in told
 
 
 # -- listening ---------------------------------------------------------------------------------
@@ -672,6 +733,8 @@ def test_a_left_over_socket_is_replaced_and_a_live_one_is_not(tmp_path: Path) ->
     assert (tmp_path / "file").read_text() == "keep me"
     with pytest.raises(UsageError, match="too long"):
         sockets.listen_unix(str(tmp_path / ("x" * 200)))
+    with pytest.raises(HostError, match="make the folder first"):
+        sockets.listen_unix(str(tmp_path / "nowhere" / "s"))
 
 
 def test_tcp_listens_on_loopback_unless_told_otherwise(tmp_path: Path) -> None:

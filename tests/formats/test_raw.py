@@ -112,6 +112,8 @@ def test_a_guessed_raw_disk_does_not_become_another_format(face: Face, tmp_path:
             disk.pwrite(b"KDMV", 0),
             disk.pwrite(b"LUKS\xba\xbe", 0),
             disk.pwrite(b"conectix", 0),
+            disk.pwrite(b"\x7f\x10\xda\xbe", 0x40),
+            disk.pwrite(b"# anything\r\n \nversion=1\n", 0),
         ):
             with pytest.raises(UsageError, match="look like"):
                 await write

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -364,19 +365,26 @@ def test_a_killed_client_is_noticed_by_nobody_else(tmp_path: Path) -> None:
                     "--thread",
                 ]
                 victim = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                time.sleep(0.7)
+                # Two connections at least, and the victim has requests at work, before it dies.
+                wait_for_status(service, r"[2-9] client\(s\) now(?s:.*?)[1-9]\d* in flight")
                 victim.kill()
                 victim.wait(10)
                 assert peer.read(0, 64 * KIB) == pattern(64 * KIB)
             peer.close()
-        deadline = time.monotonic() + 10
-        while True:
-            service.process.send_signal(signal.SIGUSR1)
-            time.sleep(0.2)
-            if "0 client(s) now" in service.log:
-                break
-            assert time.monotonic() < deadline, service.log
+        wait_for_status(service, r" 0 client\(s\) now")
     check_file(disk)
+
+
+def wait_for_status(service: Service, words: str) -> None:
+    """Ask the server again and again what it is doing until the answer has the words."""
+    deadline = time.monotonic() + 60
+    while True:
+        before = len(service.log)
+        service.process.send_signal(signal.SIGUSR1)
+        time.sleep(0.2)
+        if re.search(words, service.log[before:]):
+            return
+        assert time.monotonic() < deadline, service.log
 
 
 def test_sigterm_flushes_and_cleans_up(tmp_path: Path) -> None:

@@ -88,8 +88,14 @@ def test_an_image_cannot_be_its_own_base(tmp_path: Path) -> None:
             create(str(path), "qcow2", {"backing_file": name, "backing_fmt": "qcow2"})
     # Nor may it replace an image further down its own chain.
     make_qcow2(tmp_path / "layer", MIB, backing_file="disk", backing_fmt="qcow2")
-    with pytest.raises(HostError):
-        create(str(path), "qcow2", {"backing_file": "layer", "backing_fmt": "qcow2"})
+    for size in (None, MIB):
+        with pytest.raises(UsageError, match="of its own backing chain"):
+            create(str(path), "qcow2", {"backing_file": "layer", "backing_fmt": "qcow2"}, size=size)
+    create(str(tmp_path / "external"), "qcow2", {"data_file": "data"}, size=MIB)
+    data = (tmp_path / "data").read_bytes()
+    with pytest.raises(UsageError, match="of its own backing chain"):
+        create(str(tmp_path / "data"), "qcow2", {"backing_file": "external", "backing_fmt": "qcow2"})
+    assert (tmp_path / "data").read_bytes() == data
     assert path.read_bytes() == content
 
 

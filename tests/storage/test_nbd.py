@@ -34,10 +34,14 @@ from enban.exports.nbd import ServedExport, Server
 from enban.filters.faults import Call, Fault, Faults
 from enban.formats.raw import RawNode
 from enban.jobs.convert import convert
+from enban.jobs.info import image_info
 from enban.storage.memory import MemoryStorage
 from enban.storage.nbd import NbdStorage, open_nbd
 from enban.storage.nbd.address import from_options, from_uri
+from enban.storage.nbd.link import connect
 from enban.wire.nbd import RefusedError
+from tests.cli.command import enban as run
+from tests.cli.command import refused
 from tests.exports.nbd_peer import KIB, MIB, Running, open_disk, serving
 from tests.support import make_qcow2, needs, pattern, qemu_img
 
@@ -84,6 +88,10 @@ def test_addresses(text: str, expected: str) -> None:
         "nbd+unix://host/e?socket=/x",
         "nbd+vsock://1/",
         "nbd://host:99999/",
+        "nbd://host:0/",
+        "nbd:host:99999",
+        "nbd:host:0",
+        "nbd:host:²",
         "nbd://host/?nonsense=1",
         "nbd:nothing",
     ],
@@ -101,6 +109,26 @@ def test_addresses_in_options() -> None:
     assert from_options({"host": "h", "port": "12"}).uri == "nbd://h:12/"
     with pytest.raises(UsageError, match=r"server\.path"):
         from_options({"export": "x"})
+    for port in ("0", "65536", "²", "x"):
+        with pytest.raises(UsageError, match="is no port"):
+            from_options({"host": "h", "port": port})
+
+
+def test_a_socket_path_that_is_too_long_says_so() -> None:
+    with pytest.raises(PeerError, match="path too long"):
+        connect(from_uri("nbd+unix:///?socket=" + "x" * 200))
+
+
+def test_facts_of_an_export_are_those_qemu_img_tells(tmp_path: Path) -> None:
+    """Nobody here knows how much of its medium the server uses."""
+    with serving(open_disk(make_qcow2(tmp_path / "d.qcow2", MIB)), folder=tmp_path) as running:
+        where = uri(running)
+        (facts,) = image_info(where)
+        assert facts == {"virtual-size": MIB, "filename": where, "format": "raw"}
+        (tmp_path / "other").write_bytes(bytes(MIB))
+        assert "disk size: unavailable" in run("info", where).out
+        assert "write into it with: enban convert -n" in refused("create", where, "1M")
+        assert "write into it with: enban convert -n" in refused("convert", tmp_path / "other", where)
 
 
 # -- as a storage ------------------------------------------------------------------------------

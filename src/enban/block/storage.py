@@ -43,7 +43,7 @@ class Storage:
         raise NotImplementedError
 
     def allocated(self) -> int:
-        """Bytes of the host's medium in use."""
+        """Bytes of the host's medium in use; -1 if nobody here can tell."""
         return self.size()
 
     def plain_fd(self) -> int:

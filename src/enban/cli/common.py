@@ -52,7 +52,7 @@ def reference(arguments: Arguments, name: str) -> Reference:
     if not name:
         raise UsageError("the name of the image is empty")
     if arguments.on("--image-opts"):
-        from enban.catalog import parse_image_opts
+        from enban.wire.image_options import parse_image_opts
 
         if arguments.on("-f"):
             raise UsageError("--image-opts and -f do not go together", hint="give the format as driver=")

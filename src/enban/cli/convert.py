@@ -79,7 +79,7 @@ def _target(arguments: Arguments, name: str) -> str:
         raise UsageError("--target-image-opts and -O do not go together", hint="give the format as driver=")
     from json import dumps
 
-    from enban.catalog import parse_image_opts
+    from enban.wire.image_options import parse_image_opts
 
     return "json:" + dumps(common.with_key_files(arguments, parse_image_opts(name)))
 

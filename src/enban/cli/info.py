@@ -37,13 +37,13 @@ def describe(info: dict[str, Any]) -> list[str]:
         f"image: {shown(info['filename'])}",
         f"file format: {info['format']}",
         f"virtual size: {human_size(size)} ({size} bytes)",
-        f"disk size: {human_size(info['actual-size'])}",
+        f"disk size: {human_size(info['actual-size']) if 'actual-size' in info else 'unavailable'}",
     ]
     if info.get("encrypted"):
         lines.append("encrypted: yes")
     if "cluster-size" in info:
         lines.append(f"cluster_size: {info['cluster-size']}")
-    if info["dirty-flag"]:
+    if info.get("dirty-flag"):
         lines.append("cleanly shut down: no")
     if "backing-filename" in info:
         name, full = info["backing-filename"], info["full-backing-filename"]

@@ -26,6 +26,7 @@ def run(arguments: Arguments) -> int:
             unsafe=arguments.on("-u"),
             cache=arguments.text("-t", "writeback"),
             gate=common.gate(arguments),
+            force_share=arguments.on("-U"),
             passphrase=common.ask_passphrase(),
             progress=progress.update,
         )
@@ -51,6 +52,7 @@ VERB = Verb(
         ),
         common.IMAGE_OPTS,
         common.OBJECT,
+        Flag("-U --force-share", "Read backing files although a running guest has them open"),
         common.UNTRUSTED,
         common.PROGRESS,
         common.QUIET,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from enban.block.cipher import Passphrase
     from enban.block.gate import Gate
+    from enban.block.node import Node
     from enban.block.storage import Storage
     from enban.storage.file import FileStorage
 
@@ -204,7 +205,9 @@ class _MadeOpener(Opener):
         passphrase: Passphrase,
         keyless: bool,
     ) -> None:
-        super().__init__(BLOCKING, gate=gate, cache=cache, passphrase=passphrase, keyless=keyless)
+        super().__init__(
+            BLOCKING, gate=gate, cache=cache, share_below=keyless, passphrase=passphrase, keyless=keyless
+        )
         self._made: dict[str, Storage] = {output.temporary: output.storage for output in outputs}
         self._final_names = {output.temporary: output.path for output in outputs}
 
@@ -234,8 +237,8 @@ def prepare_target(
     options: as given to -o, without `size`. size: virtual size in bytes, rounded up to whole sectors.
     cache: cache mode of the files made. gate: for names in the backing chain below the one given.
     resume: go on with what an earlier job kept, if it is there. unchecked: do not open the backing file.
-    passphrase: of an encrypted image without option encrypt.key-file, and of its backing files; with
-        `keyless` none is needed, for no data will be written.
+    passphrase: of an encrypted image without option encrypt.key-file, and of its backing files.
+    keyless: no data will be read or written: no passphrase is needed, and the backing files may be in use.
     Raises UsageError, HostError (LockedError if the file to be replaced is in use), ImageError.
     """
     values = read_options(format, options)
@@ -431,11 +434,23 @@ def _backing_options(path: str, values: Mapping[str, Value]) -> dict[str, Any] |
 def _refuse_self(path: str, backing: dict[str, Any]) -> None:
     inner = backing.get("file", backing)
     name = inner.get("filename") if isinstance(inner, dict) else None
+    if isinstance(name, str) and _same_file(path, name):
+        raise UsageError("an image cannot be its own backing file", path=path)
+
+
+def _refuse_in_chain(path: str, node: Node | None) -> None:
+    """What is open without locks must not be replaced by what is made above it."""
+    while node is not None:
+        if _same_file(path, node.file.name) or _same_file(path, node.data.name):
+            raise UsageError("the new image would replace a file of its own backing chain", path=path)
+        node = node.backing
+
+
+def _same_file(one: str, other: str) -> bool:
     try:
-        if isinstance(name, str) and os.path.samefile(path, name):
-            raise UsageError("an image cannot be its own backing file", path=path)
+        return os.path.samefile(one, other)
     except OSError:
-        pass  # one of them is not there yet, so they differ
+        return False  # one of them is not there yet, or no file
 
 
 def open_backing(
@@ -476,7 +491,7 @@ def create(
     """Make a new, empty image and return its virtual size in bytes.
 
     options: as qemu-img's -o, `size` among them if it is not given. Without a size the image is as
-    large as its backing file. unchecked: do not look at the backing file.
+    large as its backing file, which a running guest may have open. unchecked: do not look at that file.
     Raises UsageError, HostError (LockedError, NoSpaceError), ImageError.
     """
     path = os.fspath(path)
@@ -489,7 +504,11 @@ def create(
         del wanted["size"]
     backing = wanted.get("backing_file", "")
     if backing and not unchecked:
-        with open_backing(path, backing, wanted.get("backing_fmt", ""), gate=gate, keyless=True) as below:
+        with open_backing(
+            path, backing, wanted.get("backing_fmt", ""), gate=gate, force_share=True, keyless=True
+        ) as below:
+            _refuse_self(path, backing_reference(path, backing, ""))
+            _refuse_in_chain(path, below.node)
             size = below.size if size is None else size
     if size is None:
         raise UsageError("a new image needs a size", path=path)

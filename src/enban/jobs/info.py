@@ -32,7 +32,8 @@ def image_info(
 ) -> list[dict[str, Any]]:
     """Facts of an image and, with `chain`, of each image below it, top first.
 
-    Sizes are in bytes; `virtual-size` is in whole sectors. gate: for the names of backing files.
+    Sizes are in bytes; `virtual-size` is in whole sectors, `actual-size` is missing where nobody knows (NBD).
+    gate: for the names of backing files.
     Raises HostError, ImageError, UsageError (GateError).
     """
     opener = Opener(BLOCKING, gate=gate, lock=not force_share, metadata_only=True)
@@ -75,14 +76,17 @@ async def _describe(node: Node) -> dict[str, Any]:
     if facts.get("cluster-size"):
         info["cluster-size"] = facts["cluster-size"]
     info["format"] = node.format
-    info["actual-size"] = node.file.allocated()
+    allocated = node.file.allocated()
+    if allocated >= 0:
+        info["actual-size"] = allocated
     for key in ("encrypted", "format-specific"):
         if key in facts:
             info[key] = facts[key]
     if node.backing_name:
         info["full-backing-filename"] = full_backing_name(node)
         info["backing-filename"] = node.backing_name
-    info["dirty-flag"] = bool(facts.get("dirty-flag"))
+    if allocated >= 0 or node.format != "raw":  # qemu-img, too, has none for a raw disk of somebody else
+        info["dirty-flag"] = bool(facts.get("dirty-flag"))
     return info
 
 

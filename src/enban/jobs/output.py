@@ -20,6 +20,7 @@ import os
 import stat
 
 from enban.block.runtime import BLOCKING, drive
+from enban.catalog import is_nbd
 from enban.errors import EnbanError, HostError, LockedError, UsageError, from_oserror
 from enban.storage import host
 from enban.storage.file import open_file
@@ -54,6 +55,12 @@ class Output:
     """
 
     def __init__(self, path: str, *, cache: str = "writeback", resume: bool = False) -> None:
+        if is_nbd(path):
+            raise UsageError(
+                "an NBD export cannot be made from here",
+                path=path,
+                hint="write into it with: enban convert -n",
+            )
         self.path = os.path.realpath(path)
         self.temporary = partial_name(self.path)
         self.resumed = False

@@ -46,6 +46,7 @@ def rebase(
     unsafe: bool = False,
     cache: str = "writeback",
     gate: Gate = TRUSTED,
+    force_share: bool = False,
     passphrase: Passphrase = None,
     progress: Report | None = None,
 ) -> int:
@@ -54,6 +55,8 @@ def rebase(
     backing: as it will be stored: a relative name starts at the image's directory.
     unsafe: the new file is known to hold the same (it was moved, say); nothing is opened or copied.
     cache: cache mode of the image and of its present backing files.
+    force_share: read backing files although another process has them open; what it writes there
+        meanwhile may or may not be seen.
     passphrase: of encrypted images, as for `enban.open`.
     Returns the number of guest bytes copied into the image.
     Raises UsageError, HostError (LockedError if a file is in use), ImageError.
@@ -62,7 +65,14 @@ def rebase(
         raise UsageError("a backing format needs a backing file")
     if unsafe and backing and not backing_format:
         raise UsageError("a backing file needs its format", path=backing, hint="add -F FORMAT")
-    opener = Opener(BLOCKING, gate=gate, cache=cache, metadata_only=unsafe, passphrase=passphrase)
+    opener = Opener(
+        BLOCKING,
+        gate=gate,
+        cache=cache,
+        share_below=force_share,
+        metadata_only=unsafe,
+        passphrase=passphrase,
+    )
     node = drive(opener.open_chain(reference, format=format, writable=True, backing=not unsafe))
     with Disk(Door(node, writable=True)) as disk:
         if unsafe:
@@ -82,7 +92,9 @@ def rebase(
         ) as new:
             if node.file.identity in _identities(new.node):
                 raise UsageError("the image itself is below the new backing file", path=node.name)
-        with open_backing(node.name, backing, backing_format, gate=gate, passphrase=passphrase) as new:
+        with open_backing(
+            node.name, backing, backing_format, gate=gate, force_share=force_share, passphrase=passphrase
+        ) as new:
             return _switch(disk, new, backing, backing_format, progress)
 
 

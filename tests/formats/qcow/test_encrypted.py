@@ -10,9 +10,10 @@ import pytest
 import enban
 from enban.block.door import Door
 from enban.block.runtime import BLOCKING, drive
-from enban.catalog import Opener, open_door, parse_image_opts
+from enban.catalog import Opener, open_door
 from enban.errors import UnsupportedOperationError, UsageError
 from enban.extent import DATA, UNALLOCATED
+from enban.wire.image_options import parse_image_opts
 from tests.qcow_support import PASSPHRASE, check_sound, make_qcow, memory_qcow, needs_cryptography, open_disk
 from tests.support import KIB, MIB, pattern, raw_node
 

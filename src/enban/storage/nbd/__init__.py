@@ -10,7 +10,7 @@ threads on asyncio.
 
 from __future__ import annotations
 
-from .address import Address
+from .address import OPTIONS, Address
 from .client import NbdStorage, open_nbd
 
-__all__ = ["Address", "NbdStorage", "open_nbd"]
+__all__ = ["OPTIONS", "Address", "NbdStorage", "open_nbd"]

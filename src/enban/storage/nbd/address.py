@@ -19,6 +19,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+OPTIONS = (
+    *("driver", "filename", "server", "type", "path", "host", "port", "export"),
+    *("tls", "tls-dir", "tls-hostname", "connections", "reconnect-delay"),
+)
+_SERVER = ("type", "path", "host", "port")
 _SCHEMES = {
     "nbd": (False, False),
     "nbds": (False, True),
@@ -78,7 +83,9 @@ def from_uri(uri: str) -> Address:
     try:
         parts = urlsplit(uri)
         query = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
-        port = parts.port or DEFAULT_PORT
+        port = DEFAULT_PORT if parts.port is None else parts.port
+        if not port:
+            raise ValueError("port 0 is none")
     except ValueError as error:
         raise _bad(uri, str(error)) from None
     if parts.scheme not in _SCHEMES:
@@ -110,9 +117,13 @@ def _from_old(uri: str) -> Address:
     if rest.startswith("unix:"):
         return Address(path=rest.removeprefix("unix:"), export=export if marked else "")
     host, _, port = rest.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not _is_port(port):
         raise _bad(uri, "it is not of the form nbd:host:port")
     return Address(host=host.strip("[]"), port=int(port), export=export if marked else "")
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 6 and 0 < int(text) < 65536
 
 
 def _bad(uri: str, why: str) -> UsageError:
@@ -127,11 +138,17 @@ def from_options(options: dict[str, Any]) -> Address:
     server = options.get("server", options)
     if not isinstance(server, dict):
         raise UsageError("option server of driver nbd is not a group", hint="give server.path or server.host")
+    if server is not options:
+        for key in server:
+            if key not in _SERVER:
+                raise UsageError(
+                    f"driver nbd has no option 'server.{key}'", hint=f"use {' or '.join(_SERVER)}"
+                )
     path = str(server.get("path", ""))
     if not path and "host" not in server:
         raise UsageError("driver nbd needs server.path or server.host")
     port = str(server.get("port", DEFAULT_PORT))
-    if not port.isdigit() or int(port) > 65535:
+    if not _is_port(port):
         raise UsageError(f"'{port}' is no port")
     return Address(
         path=path,

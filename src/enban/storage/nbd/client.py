@@ -117,6 +117,9 @@ class NbdStorage(Storage):
         address = self.address
         return "nbd", address.path or (address.host, address.port), address.export
 
+    def allocated(self) -> int:
+        return -1  # only the server knows
+
     def size(self) -> int:
         return self._session.export.size
 

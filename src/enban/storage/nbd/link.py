@@ -243,7 +243,7 @@ def connect(address: Address, speaks_of: str = BASE_ALLOCATION) -> Link:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     except OSError as error:
         if isinstance(error, TimeoutError) or not error.errno or isinstance(error, socket.gaierror):
-            words = error.strerror or "no answer"
+            words = error.strerror or ("no answer" if isinstance(error, TimeoutError) else str(error))
             raise PeerError(f"cannot connect: {words.lower()}", path=address.uri) from error
         raise from_oserror(error, "connect", address.uri, hint="is the server running?") from error
     try:
