@@ -13,6 +13,8 @@ from .command import DRIVE
 from .disks import SECTOR
 from .settings import LAYOUT, VHOST
 
+_TRAYS = 4  # times that a tray is opened again because a guest has closed it
+
 if TYPE_CHECKING:
     from .disks import GuestDisk
     from .machine import Machine
@@ -57,7 +59,7 @@ async def insert_cdrom(machine: Machine, path: str) -> None:
         try:
             await machine.execute("blockdev-add", disc.next_node(disks.socket))
             await machine.execute("blockdev-add", disc.format_node())
-            await machine.execute("blockdev-insert-medium", {"id": DRIVE, "node-name": disc.id})
+            await _in_open_tray(machine, "blockdev-insert-medium", {"id": DRIVE, "node-name": disc.id})
             await machine.execute("blockdev-close-tray", {"id": DRIVE})
         except BaseException:
             await _let_go(machine, disc)
@@ -66,6 +68,18 @@ async def insert_cdrom(machine: Machine, path: str) -> None:
         await asyncio.to_thread(disc.disk.close)
         raise
     await asyncio.to_thread(disks.change_disc, disc)
+
+
+async def _in_open_tray(machine: Machine, command: str, arguments: dict[str, str]) -> None:
+    """Do what needs the tray open. A guest (a PC's firmware, for one) may close it just before."""
+    for again in range(_TRAYS, -1, -1):
+        await machine.execute("blockdev-open-tray", {"id": DRIVE, "force": True})
+        try:
+            await machine.execute(command, arguments)
+            return
+        except PeerError:
+            if not again:
+                raise
 
 
 async def _let_go(machine: Machine, disc: GuestDisk) -> None:
@@ -83,11 +97,11 @@ async def _let_go(machine: Machine, disc: GuestDisk) -> None:
 async def eject_cdrom(machine: Machine) -> None:
     """Open the tray whatever the guest says, take the disc out and let go of its image."""
     disks = machine.disk_set
-    await machine.execute("blockdev-open-tray", {"id": DRIVE, "force": True})
     disc = disks.cdrom
     if disc is None:
+        await machine.execute("blockdev-open-tray", {"id": DRIVE, "force": True})
         return
-    await machine.execute("blockdev-remove-medium", {"id": DRIVE})
+    await _in_open_tray(machine, "blockdev-remove-medium", {"id": DRIVE})
     await machine.execute("blockdev-del", {"node-name": disc.id})
     await machine.execute("blockdev-del", {"node-name": disc.node})
     await asyncio.to_thread(disks.change_disc, None)
