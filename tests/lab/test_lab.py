@@ -178,6 +178,15 @@ def test_a_signal_ends_it_and_nothing_stays(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_and_zeroes_in_place() -> None:
+    """Seed 185 on ext4 once showed old bytes after zeroing had failed for want of room."""
+    place = fulldisk.Place()
+    try:
+        fulldisk.fill(next(image for image in fulldisk.KINDS if str(image) == "raw"), 185, place)
+    finally:
+        place.close()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", PARTS)
 def test_a_minute_of_each_part(name: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -140,6 +141,42 @@ def test_unmapped_zeroes_give_space_back_and_kept_ones_do_not(store: Callable[..
     assert storage.allocated() >= 768 * KIB
     drive(storage.write_zeroes(2 * MIB, MIB, unmap=True))
     assert storage.size() == 3 * MIB and storage.allocated() < 1200 * KIB
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "calls"),
+    [
+        (0, 64 * KIB, []),  # data, and little: written over
+        (0, 2 * MIB, ["sync", "zero_range"]),  # data, and much
+        (4 * MIB, 64 * KIB, ["zero_range"]),  # a hole: nothing to lose
+        (6 * MIB, 2 * MIB, ["zero_range"]),  # across the end
+    ],
+)
+def test_zeroes_in_place_lose_nothing_if_the_host_gives_up(
+    store: Callable[..., FileStorage],
+    monkeypatch: pytest.MonkeyPatch,
+    start: int,
+    length: int,
+    calls: list[str],
+) -> None:
+    """ext4 drops dirty pages before it finds that it has no room: they are on the medium then, or not its."""
+    if not host.HAVE_HOLES:
+        pytest.skip("this host tells nothing of holes")
+    storage = store()
+    drive(storage.write(pattern(4 * MIB), 0))
+    drive(storage.truncate(7 * MIB))
+    seen: list[str] = []
+    for name in ("sync", "zero_range"):
+        real = getattr(host, name)
+
+        def spy(*arguments: Any, name: str = name, real: Callable[..., Any] = real) -> Any:
+            seen.append(name)
+            return real(*arguments)
+
+        monkeypatch.setattr(host, name, spy)
+    drive(storage.write_zeroes(start, length, unmap=False))
+    assert seen == calls
+    assert drive(storage.read(start, length)) == bytes(length)
 
 
 def test_zeroing_never_cuts_what_another_thread_has_just_written(

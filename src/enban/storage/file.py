@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 CACHE_MODES = ("writeback", "none", "writethrough", "directsync", "unsafe")
 DIRECT_ALIGNMENT = 4096  # bytes; satisfies every logical block size in use
 _DIRECT_STRIDE = 1 << 20
+_WORTH_SYNC = 1 << 20  # so many zeros take longer to write than to write out what they replace
 
 
 class FileStorage(Storage):
@@ -226,12 +227,24 @@ class FileStorage(Storage):
                 # A hole does not make the file longer. Neither does this ever make it shorter, as setting
                 # a size would if another thread has just written behind `end`.
                 host.write_all(self._fd, memoryview(b"\0"), end - 1)
-            done = (host.punch_hole if unmap else host.zero_range)(self._fd, offset, length)
+            done = host.punch_hole(self._fd, offset, length) if unmap else self._zero_in_place(offset, length)
         except OSError as error:
             raise from_oserror(error, "write zeroes", self.name, offset) from error
         if done and end > self._size:
             self._grown(end)
         return done
+
+    def _zero_in_place(self, offset: HostOffset, length: int) -> bool:
+        """Zero a range and keep its space; False to have the zeros written.
+
+        ext4 forgets what the page cache holds of the range before it finds that it has no room to do this.
+        Then the range shows what the medium had. What is there goes to the medium first, or is overwritten.
+        """
+        if host.data_or_hole(self._fd, offset, offset + length) != (True, length):
+            if length < _WORTH_SYNC:
+                return False
+            self._sync()
+        return host.zero_range(self._fd, offset, length)
 
     def zeroes_fast(self) -> bool:
         if self._zeroes_fast is None:
