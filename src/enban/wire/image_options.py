@@ -20,14 +20,7 @@ def parse_image_opts(text: str) -> Options:
             raise UsageError(
                 f"'{item}' is not of the form key=value", hint="example: driver=raw,file.filename=disk.img"
             )
-        place = options
-        *parents, last = key.split(".")
-        for parent in parents:
-            inner = place.setdefault(parent, {})
-            if not isinstance(inner, dict):
-                raise UsageError(f"option '{key}' contradicts '{parent}'")
-            place = inner
-        place[last] = value
+        _put(options, key, value)
     return options
 
 
@@ -48,12 +41,16 @@ def _unfold(options: Options) -> Options:
     """Dotted keys of a JSON object as nested objects."""
     result: Options = {}
     for key, value in options.items():
-        place = result
-        *parents, last = key.split(".")
-        for parent in parents:
-            inner = place.setdefault(parent, {})
-            if not isinstance(inner, dict):
-                raise UsageError(f"option '{key}' contradicts '{parent}'")
-            place = inner
-        place[last] = _unfold(value) if isinstance(value, dict) else value
+        _put(result, key, _unfold(value) if isinstance(value, dict) else value)
     return result
+
+
+def _put(options: Options, key: str, value: Any) -> None:
+    """Set an option whose dotted key names the groups it is in."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = options.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise UsageError(f"option '{key}' contradicts '{parent}'")
+        options = inner
+    options[last] = value
