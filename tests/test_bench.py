@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import case, growth, inputs, report, run, stats
+from bench import case, growth, inputs, memory, report, run, stats
 from bench.__main__ import exit_code, main
 from bench.harness import MIB, Bench, Row, Side, judge, room_bytes, written_bytes
 from bench.metadata import CLUSTER, write_image
@@ -34,6 +34,20 @@ def make_bench(tmp_path: Path) -> Callable[..., Bench]:
 
 def side(*seconds: float, out_bytes: int | None = None, peak_mib: int = 10) -> Side:
     return Side(list(seconds), list(seconds), peak_mib * MIB, out_bytes)
+
+
+# ---- memory
+
+
+def test_memory_is_held_where_much_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    assert memory.hold(memory.LITTLE - 1) == 0
+    assert not waits
+    assert memory.hold(memory.LITTLE) == memory.LITTLE
+    assert waits == [memory.HOLD_S]
+    monkeypatch.setattr(memory, "available_bytes", lambda: 8 << 20)
+    assert memory.hold(memory.LITTLE) == 4 << 20
 
 
 # ---- statistics

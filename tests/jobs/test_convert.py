@@ -251,7 +251,7 @@ def slow_convert(source: Path, target: Path, *more: str) -> subprocess.Popen[byt
         "journal.INTERVAL_S = 0.1\n"
         "honest = Sources.read\n"
         "def slow(self, buffer, offset):\n"
-        "    time.sleep(0.25)\n"
+        "    time.sleep(len(buffer) / (8 << 20))\n"
         "    honest(self, buffer, offset)\n"
         "Sources.read = slow\n"
         "from enban.cli import main\n"

@@ -251,6 +251,24 @@ def test_truncate_and_allocate(store: Callable[..., FileStorage]) -> None:
     assert storage.size() in (16384, 64 * KIB)
 
 
+def test_laying_out_takes_room_and_leaves_the_size(store: Callable[..., FileStorage]) -> None:
+    storage = store(b"\xff" * 4096)
+    if not storage.lay_out(4096, MIB):
+        pytest.skip("the file system of the temporary directory cannot lay out a file")
+    status = os.stat(storage.name)
+    assert storage.size() == status.st_size == 4096
+    assert status.st_blocks * 512 >= MIB
+    assert drive(storage.read(0, 8192)) == b"\xff" * 4096 + bytes(4096)
+
+
+@pytest.mark.parametrize("size", [0, 4096, 5 * MIB + 17])
+def test_a_buffer_is_zeroed_and_of_its_size(size: int) -> None:
+    buffer = host.new_buffer(size)
+    assert bytes(buffer) == bytes(size)
+    buffer[size // 2 :] = b"\xee" * (size - size // 2)
+    assert bytes(buffer).count(b"\xee") == size - size // 2
+
+
 def test_copy_inside_the_host(store: Callable[..., FileStorage]) -> None:
     source, target = store(pattern(100 * KIB)), store(b"")
     done = 0

