@@ -1,9 +1,9 @@
 """Has the machine's memory ready for what is timed next: `python -m bench.memory BYTES`.
 
 Where a virtual machine gives free memory back to its host, as Linux does two seconds after it was freed (free
-page reporting), each new page comes from the host when it is first touched, and that takes ten times as long
-as all that is to be measured. So this process takes BYTES, keeps them until what was free before has been
-given back, and ends: then there is that much memory to be had at once, for about as long.
+page reporting), each new page comes from the host when it is first touched, and that takes longer than all
+that is to be measured. So this process takes BYTES, keeps them until what was free before has been given
+back, and ends: then there is that much memory to be had at once, for about as long.
 
 A process of its own, so that its size is not the harness's, below which no peak is seen.
 """

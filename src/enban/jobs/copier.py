@@ -104,7 +104,6 @@ class Copier:
         self.result = result
         self.cluster = target.node.cluster_size
         self.stride = max(PIECE if compress else _COPY_PIECE, self.cluster)
-        self._buffer_size = min(self.stride, size)
         self._packer: Packer | None = None
         if compress:
             deflate = deflater(target.node.codec)
@@ -187,7 +186,7 @@ class Copier:
                 try:
                     buffer = self._spare.pop()
                 except IndexError:
-                    buffer = new_buffer(self._buffer_size)
+                    buffer = new_buffer(min(self.stride, self.size))
                 piece.buffer = buffer
                 if self._packer is not None:
                     self._pack(piece)

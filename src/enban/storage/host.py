@@ -41,8 +41,8 @@ _cursor_guard = _thread.allocate_lock()  # hosts without positioned I/O share on
 
 
 def new_buffer(size: int) -> memoryview:
-    """Zeroed memory to move data through, in large pages where the host has them: the kernel copies to and
-    from those with a tenth less time."""
+    """Zeroed memory to move data through, in large pages where the host has them: a loop that only reads and
+    writes files takes a tenth less time with those."""
     if size >= _LARGE_PAGE:
         import mmap
 
@@ -267,7 +267,7 @@ def lay_out(fd: int, offset: int, length: int) -> bool:
     An ioctl of Linux, on most processors by this number, and not fallocate: in a short job the import of
     ctypes would be seen.
     """
-    if sys.platform != "linux" or fcntl is None:
+    if not HAVE_FALLOCATE or fcntl is None:
         return False
     import struct
 
