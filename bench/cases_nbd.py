@@ -11,6 +11,8 @@ _ROWS = (
     ("allocate-32", "4k random write that allocates, depth 32", 1.5),
     ("randread-1", "4k random read, depth 1", 2.0),
     ("randwrite-1", "4k random write, depth 1", 2.0),
+    ("randread-1-awake", "4k random read, depth 1, --keep-awake (for root)", 2.0),
+    ("randwrite-1-awake", "4k random write, depth 1, --keep-awake (for root)", 2.0),
     ("read-256k", "256k sequential read, depth 8", 4.0),
     ("write-256k", "256k sequential write, depth 8", 2.0),
     ("randread-4x32", "4k random read, 4 connections, depth 32", 2.5),

@@ -25,11 +25,12 @@ RUN_S = 2
 @dataclass(frozen=True, slots=True)
 class Work:
     """fio: its job. on: "image" (read only), "copy" or "new" (an empty image of 16 GiB). cold: not in the
-    page cache. The job "" is nbdcopy of the whole image, once."""
+    page cache. flags: more for enban serve. The job "" is nbdcopy of the whole image, once."""
 
     fio: str
     on: str = "image"
     cold: bool = False
+    flags: tuple[str, ...] = ()
 
 
 WORKS = {
@@ -38,6 +39,8 @@ WORKS = {
     "allocate-32": Work("--rw=randwrite --bs=4k --iodepth=32 --size=16g", on="new"),
     "randread-1": Work("--rw=randread --bs=4k --iodepth=1"),
     "randwrite-1": Work("--rw=randwrite --bs=4k --iodepth=1", on="copy"),
+    "randread-1-awake": Work("--rw=randread --bs=4k --iodepth=1", flags=("--keep-awake",)),
+    "randwrite-1-awake": Work("--rw=randwrite --bs=4k --iodepth=1", on="copy", flags=("--keep-awake",)),
     "read-256k": Work("--rw=read --bs=256k --iodepth=8"),
     "write-256k": Work("--rw=write --bs=256k --iodepth=8", on="copy"),
     "randread-4x32": Work("--rw=randread --bs=4k --iodepth=32 --numjobs=4 --thread"),
@@ -56,7 +59,7 @@ def main(arguments: list[str]) -> int:
             common = ["qemu-nbd", "-f", "qcow2", "-k", socket, "-t", "-e", "16", "--discard=unmap", *only]
             commands = [[*common, f"--aio={aio}"] for aio in ("threads", "io_uring")]
         else:
-            commands = [[*server, "serve", "-q", "-k", socket, *only]]
+            commands = [[*server, "serve", "-q", "-k", socket, *work.flags, *only]]
         print(min(measure(work, Path(image), Path(room), command, socket) for command in commands))
     return 0
 

@@ -139,6 +139,8 @@ def test_the_goals_of_the_project_are_the_goals_of_the_bench() -> None:
         "nbd: 4k random write that allocates, depth 32": 1.5,
         "nbd: 4k random read, depth 1": 2,
         "nbd: 4k random write, depth 1": 2,
+        "nbd: 4k random read, depth 1, --keep-awake (for root)": 2,
+        "nbd: 4k random write, depth 1, --keep-awake (for root)": 2,
         "nbd: 256k sequential read, depth 8": 4,
         "nbd: 256k sequential write, depth 8": 2,
         "nbd: 4k random read, 4 connections, depth 32": 2.5,

@@ -68,9 +68,19 @@ class Peer:
     def send(
         self, kind: int, offset: int = 0, length: int = 0, flags: int = 0, payload: bytes = b""
     ) -> Transaction:
-        transaction = self.machine.request(kind, offset, length or len(payload), flags)
-        self._answers[transaction] = Answer(transaction.length if kind == c.CMD_READ else 0)
+        transaction = self._prepare(kind, offset, length or len(payload), flags)
         self.socket.sendall(transaction.header + payload)
+        return transaction
+
+    def send_reads(self, ranges: list[tuple[int, int]]) -> list[Transaction]:
+        """Reads of (offset, length) that the server receives in one piece."""
+        transactions = [self._prepare(c.CMD_READ, offset, length, 0) for offset, length in ranges]
+        self.socket.sendall(b"".join(transaction.header for transaction in transactions))
+        return transactions
+
+    def _prepare(self, kind: int, offset: int, length: int, flags: int) -> Transaction:
+        transaction = self.machine.request(kind, offset, length, flags)
+        self._answers[transaction] = Answer(transaction.length if kind == c.CMD_READ else 0)
         return transaction
 
     def collect(self, transaction: Transaction) -> Answer:
@@ -102,6 +112,9 @@ class Peer:
         answer = self.try_ask(kind, offset, length, flags, payload)
         assert answer.error == 0, answer.message
         return answer
+
+    def read_together(self, ranges: list[tuple[int, int]]) -> list[bytes]:
+        return [bytes(self.collect(transaction).data) for transaction in self.send_reads(ranges)]
 
     def read(self, offset: int, length: int) -> bytes:
         return bytes(self.ask(c.CMD_READ, offset, length).data)

@@ -30,6 +30,7 @@ HAVE_HOLES = hasattr(os, "SEEK_DATA")
 HAVE_COPY = hasattr(os, "copy_file_range")
 HAVE_LOCKS = fcntl is not None and hasattr(fcntl, "F_OFD_SETLK")
 HAVE_DIRECT = hasattr(os, "O_DIRECT") and HAVE_PREADV
+HAVE_FAULTS = sys.platform == "linux"  # each thread can be told of its own page faults
 HAVE_FALLOCATE = sys.platform == "linux" and HAVE_COPY  # reached through libc, see _fallocate
 
 _NOT_HERE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.ENOTTY, errno.EPERM)
@@ -171,6 +172,27 @@ def read_cached(fd: int, view: memoryview, offset: int) -> int:
 def will_need(fd: int, offset: int, length: int) -> None:
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+
+def map_file(fd: int, most: int) -> memoryview:
+    """The bytes of a regular file of up to `most` bytes as memory that cannot be written to. Empty if it
+    is anything else, or the host will not. They stay as long as the view does, or the file gets shorter."""
+    import mmap
+
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or not 0 < status.st_size <= most:
+            return memoryview(b"")
+        return memoryview(mmap.mmap(fd, status.st_size, access=mmap.ACCESS_READ))
+    except (OSError, ValueError):
+        return memoryview(b"")
+
+
+def page_faults() -> int:
+    """How often this thread had to wait for the medium because it used mapped memory; see HAVE_FAULTS."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
 
 
 @interruptible

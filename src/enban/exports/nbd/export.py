@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 from ...block.runtime import drive
 from ...errors import UsageError
 from ...extent import COMPRESSED, DATA, UNALLOCATED, ZERO
+from ...storage.host import map_file, will_need
 from ...units import align_down, align_up
 from ...wire.nbd import Export
 from ...wire.nbd.constants import (
@@ -42,6 +45,9 @@ STATE_DIRTY = 1  # flag of a bitmap's context
 # A block status reply stops at whichever comes first; the client asks again from there.
 MOST_EXTENTS = 1 << 14
 MOST_STEPS = 1 << 16
+
+# Larger files are not mapped to memory: the tables for it take up to one byte for 512 of the file.
+MOST_MAPPED = 64 << 30
 
 
 class ServedExport:
@@ -88,6 +94,22 @@ class ServedExport:
         self.stable = not door.writable or door.node.format == "raw"
         self.clients = 0
         self._multi_conn = multi_conn
+        self._pages: memoryview | None = None
+        self._guard = threading.Lock()
+
+    def pages(self) -> memoryview:
+        """The image's file mapped to memory, for reading, once for all clients. Empty where there is none,
+        or it is no regular file, or larger than MOST_MAPPED."""
+        with self._guard:
+            if self._pages is None:
+                fd = self.door.node.data.plain_fd()
+                self._pages = map_file(fd, MOST_MAPPED) if fd >= 0 else memoryview(b"")
+            return self._pages
+
+    def release(self) -> None:
+        """Let go of the file, when the last client is gone; a mapping would keep it open, and locked."""
+        with self._guard:
+            self._pages = memoryview(b"")
 
     def follow_disk(self) -> None:
         """Take the size that the disk has now, if its end is the export's. Clients do not notice."""
@@ -168,8 +190,6 @@ class ServedExport:
 
     def prefetch(self, offset: GuestOffset, length: int) -> None:
         """Let the host read a range ahead, where it can."""
-        from ...storage.host import will_need
-
         end = offset + length
         while offset < end:
             extent = drive(self.door.extent(offset, end - offset))

@@ -17,6 +17,7 @@ from ...busy_poll import BusyPoll
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from ...storage.awake import KeepAwake
     from ...wire.nbd import Session
 
 # Holds the largest request most clients make (2 MiB) with what goes around it. Memory that is never used is
@@ -36,9 +37,10 @@ def new_buffer(size: int) -> memoryview:
 class Threads:
     """What the threads of one server know of each other: which spin, and which are answering."""
 
-    __slots__ = ("busy", "most", "spinning")
+    __slots__ = ("awake", "busy", "most", "spinning")
 
-    def __init__(self) -> None:
+    def __init__(self, awake: KeepAwake | None = None) -> None:
+        self.awake = awake  # is used while looking before sleeping finds something
         self.spinning: set[object] = set()
         self.busy: set[object] = set()
         self.most = max(0, (os.cpu_count() or 1) - 1)
@@ -51,9 +53,9 @@ class Incoming:
         self, sock: socket.socket, session: Session, leftover: bytes, spin_us: int, threads: Threads
     ) -> None:
         self._sock = sock
-        self._tls = session.tls
         self._threads = threads
         may_look = hasattr(select, "poll") and not session.tls
+        self._waitall = 0 if session.tls else _WAITALL
         self._busy_poll = BusyPoll(spin_us if may_look else 0, short_wait=4)
         if self._busy_poll.length_ns:
             poller = select.poll()
@@ -69,12 +71,13 @@ class Incoming:
         self._make_room(need)
         view = self.buffer[self.end :]
         missing = need - (self.end - self.start)
-        if missing >= _MUCH and not self._tls:
-            n = self._sock.recv_into(view[:missing], 0, _WAITALL)  # the rest of a large write, in one call
-        elif self._busy_poll.length_ns:
-            n = self._spin(view)
+        flags = 0
+        if missing >= _MUCH:  # the rest of a large write, and no more, so that the next begins in front
+            view, flags = view[:missing], self._waitall
+        if self._busy_poll.length_ns:
+            n = self._spin(view, flags)
         else:
-            n = self._sock.recv_into(view)
+            n = self._sock.recv_into(view, 0, flags)
         self.end += n
         return n
 
@@ -92,7 +95,8 @@ class Incoming:
         grown[:rest] = bytes(self.buffer[self.start : self.end])
         self.buffer, self.start, self.end = grown, 0, rest
 
-    def _spin(self, view: memoryview) -> int:
+    def _spin(self, view: memoryview, flags: int) -> int:
+        """Receive, with looking first if that pays. flags: for the case that it does not."""
         threads, busy_poll = self._threads, self._busy_poll
         if busy_poll.pays() and not threads.busy and len(threads.spinning) < threads.most:
             threads.spinning.add(self)
@@ -102,11 +106,13 @@ class Incoming:
                 while not busy and perf_counter_ns() < until:
                     if poll(0):
                         busy_poll.looked(True)
+                        if threads.awake is not None:
+                            threads.awake.use()
                         return self._sock.recv_into(view)
             finally:
                 threads.spinning.discard(self)
             busy_poll.looked(False)
         before = perf_counter_ns()
-        n = self._sock.recv_into(view)
+        n = self._sock.recv_into(view, 0, flags)
         busy_poll.waited(perf_counter_ns() - before)
         return n

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable, Iterable
 
+    from ...storage.awake import KeepAwake
     from .export import ServedExport
     from .trace import Trace
 
@@ -35,7 +36,8 @@ _STATUS, _WAKE = b"s", b"w"
 class Server:
     """exports: by name. shared: how many clients at once; others wait to be let in.
 
-    idle_s: end when there has been no client for so long; 0 is never.
+    idle_s: end when there has been no client for so long; 0 is never. awake: keeps processors from sleeping
+    while clients are quick.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Server:
         idle_s: float = 0,
         grace_s: float = GRACE_S,
         spin_us: int = SPIN_US,
+        awake: KeepAwake | None = None,
         trace: Trace | None = None,
         log: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -60,7 +63,7 @@ class Server:
         self.idle_s = idle_s
         self.grace_s = grace_s
         self.spin_us = spin_us
-        self.threads = Threads()
+        self.threads = Threads(awake)
         self.trace = trace
         self.log = log
         self.stopping = False
@@ -161,6 +164,8 @@ class Server:
             for listener in self.listeners:
                 listener.close()
             self._drain()
+            for export in self.exports.values():
+                export.release()
             self._wake_receiver.close()
             self._wake_sender.close()
 

@@ -35,7 +35,7 @@ class Settings(process.Settings):
     tcp: listen on TCP; bind: which address, "" this machine alone, "*" all; port: 0 picks one.
     shared: clients at once, 0 for any number. tls_dir: certificates (see storage.tls); "" is plain.
     tls_verify: turn away clients without a certificate of our CA. idle_s: end after so long without a
-    client, 0 never.
+    client, 0 never. keep_awake: keep the host's processors from sleeping while clients are quick.
     """
 
     def __init__(self) -> None:
@@ -50,6 +50,7 @@ class Settings(process.Settings):
         self.idle_s = 0.0
         self.handshake_s = float(HANDSHAKE_S)
         self.grace_s = float(GRACE_S)
+        self.keep_awake = False
         self.trace = ""
 
 
@@ -79,6 +80,12 @@ def serve(
         if settings.trace:
             trace = Trace(settings.trace)
             stack.callback(trace.close)
+        awake = None
+        if settings.keep_awake:
+            from ...storage.awake import KeepAwake
+
+            awake = KeepAwake()
+            stack.callback(awake.close)
         tls = None
         if settings.tls_dir:
             from ...storage.tls import server_context
@@ -95,6 +102,7 @@ def serve(
             idle_s=settings.idle_s,
             grace_s=settings.grace_s,
             spin_us=settings.spin_us,
+            awake=awake,
             trace=trace,
             log=log,
         )

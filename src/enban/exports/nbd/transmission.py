@@ -52,6 +52,7 @@ from ...wire.nbd.constants import (
 from ...wire.nbd.errors import message_bytes, number_for
 from ...wire.nbd.messages import MAX_ERROR_REPLY, parse_status_payload
 from .incoming import BUFFER, Incoming, new_buffer
+from .quick import LARGE, QuickAnswers, overwrite
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -70,7 +71,13 @@ _REPLY_ROOM = 64 + MAX_ERROR_REPLY  # what a reply needs besides its data, and a
 
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 _MORE = getattr(socket, "MSG_MORE", 0)
-_MUCH = 32 << 10
+
+
+def _stay() -> None:
+    pass
+
+
+_give_way = getattr(os, "sched_yield", _stay)
 
 
 def _is_cached(fd: int, place: int) -> bool:
@@ -115,9 +122,9 @@ class Transmission:
         self._by_page = bool(self._nowait and export.stable and not session.tls and hasattr(os, "sendfile"))
         self._pages = -1  # a descriptor of our own for what is sent outside the ledger
         self._mask = (session.export.min_block or 1) - 1
-        # A read of up to this length, for which nothing else is to be thought of, may be answered at once.
-        most = min(session.max_payload, session.export.max_block or session.max_payload, _MUCH - 1)
-        self._most_alone = most if trace is None and host.HAVE_PREADV else 0
+        self._quick = QuickAnswers(
+            self, sock, session, export, self._incoming, threads, traced=trace is not None
+        )
         self._entry: Request | None = None
         self._hot = 0  # answered by short cuts since _entry was made
         self._leaving = False
@@ -130,6 +137,7 @@ class Transmission:
     def release(self) -> None:
         """Give the buffers back at once, not when the garbage collector comes by."""
         self._incoming.buffer = self._out = memoryview(b"")
+        self._quick.release()
         if self._pages >= 0:
             os.close(self._pages)
             self._pages = -1
@@ -142,52 +150,15 @@ class Transmission:
         while not self._leaving:
             if incoming.end - incoming.start >= need:
                 found, incoming.start, need = parse(incoming.buffer, incoming.start, incoming.end, most)
-                if found and (len(found) > 1 or not self._answer_alone(found)):
-                    self._answer(found)
+                if found:
+                    others = self._quick.answer(found) if self._trace is None else found
+                    if others:
+                        self._answer(others)
+                    _give_way()  # clients that wait for a processor go on; their next requests come together
             elif not incoming.receive(need):
                 return
 
     # -- a batch ---------------------------------------------------------------------------
-
-    def _answer_alone(self, batch: list[ParsedRequest]) -> bool:
-        """Answer a batch of one request, if it is a plain read by the short cut, without what only others
-        need. A client that has one request out at a time feels each microsecond."""
-        flags, kind, cookie, offset, length, _ = batch[0]
-        door, export = self._door, self._export
-        if (
-            kind != CMD_READ
-            or flags
-            or not 0 < length <= self._most_alone
-            or offset + length > export.size
-            or (offset | length) & self._mask
-        ):
-            return False
-        self.since_ns = perf_counter_ns()
-        self.batch = batch
-        busy, ledger = self._threads.busy, door.ledger
-        busy.add(self)
-        entry = ledger.begin_batch()
-        node, out = door.node, self._out
-        done = 0
-        try:
-            place = node.locate(export.base + offset, length)
-            fd = node.data.plain_fd()
-            if place >= 0 and fd >= 0 and not door.closed:
-                body = self._codec.pack_read_header_into(out, 0, cookie, offset, length)
-                done = os.preadv(fd, (out[body : body + length],), place) == length
-        except OSError:
-            pass  # the door will meet it again, and translate it
-        finally:
-            ledger.end_batch(entry, done)
-            busy.discard(self)
-        if not done:
-            return False
-        self.answered += 1
-        self.sending = True
-        self._sock.sendall(out[: body + length])
-        self.sending = False
-        self.batch = []
-        return True
 
     def _answer(self, batch: list[ParsedRequest]) -> None:
         self.since_ns = perf_counter_ns()
@@ -199,6 +170,7 @@ class Transmission:
                 self._run_traced(batch, self._trace)
             else:
                 late = self._run(batch, self._nowait if len(batch) > 1 else 0)
+                self._quick.learn(batch, len(late))
                 if late:
                     self._run(late, 0)
         finally:
@@ -271,10 +243,10 @@ class Transmission:
         most = min(session.max_payload, session.export.max_block or session.max_payload) if fd >= 0 else 0
         plain = (0, CMD_FLAG_PAYLOAD_LEN if session.style == EXTENDED else 0)
         may_write = not export.read_only and not door.writethrough
-        locate, locate_write = node.locate, node.locate_write
+        locate = node.locate
         pack_read, pack_done = self._codec.pack_read_header_into, self._codec.pack_done_into
-        preadv, pwrite, write_now = os.preadv, os.pwrite, mover.write_now
-        by_page = _MUCH if self._by_page else session.max_payload + 1
+        preadv, write_now = os.preadv, mover.write_now
+        by_page = LARGE if self._by_page else session.max_payload + 1
         late: list[ParsedRequest] = []
         source, out, pos = self._incoming.buffer, self._out, self._pos
         hot = 0
@@ -322,20 +294,8 @@ class Transmission:
                             late.append(request)
                             continue
                 elif may_write:
-                    switches = node.switches
-                    place = locate_write(base + offset, length)
-                    if place >= 0 and place + length <= data.size():
-                        try:
-                            n = pwrite(fd, source[payload : payload + length], place)
-                        except OSError:
-                            n = -1
-                        if switches != node.switches:  # a snapshot was made: the place may not be ours
-                            n = -1
-                    elif place < 0 and write_now(node, source[payload : payload + length], base + offset):
-                        n = length
-                    else:
-                        n = -1
-                    if n == length:
+                    given = source[payload : payload + length]
+                    if overwrite(node, fd, given, base + offset) or write_now(node, given, base + offset):
                         pos = pack_done(out, pos, cookie, offset)
                         hot += 1
                         continue

@@ -251,6 +251,10 @@ class Codec:
         """All of a successful READ's reply but its data: `length` bytes, at least one, which follow."""
         raise NotImplementedError
 
+    def pack_read_header(self, cookie: int, offset: int, length: int) -> bytes:
+        """What pack_read_header_into writes."""
+        raise NotImplementedError
+
     def pack_done_into(self, buffer: WritableBuffer, pos: int, cookie: int, offset: int) -> int:
         """Success without data; in the chunked styles also the end of a READ sent in pieces."""
         raise NotImplementedError
@@ -333,6 +337,9 @@ class _SimpleCodec(Codec):
         SIMPLE_REPLY.pack_into(buffer, pos, MAGIC_SIMPLE_REPLY, 0, cookie)
         return pos + 16
 
+    def pack_read_header(self, cookie: int, offset: int, length: int) -> bytes:
+        return SIMPLE_REPLY.pack(MAGIC_SIMPLE_REPLY, 0, cookie)
+
     def pack_done_into(self, buffer: WritableBuffer, pos: int, cookie: int, offset: int) -> int:
         SIMPLE_REPLY.pack_into(buffer, pos, MAGIC_SIMPLE_REPLY, 0, cookie)
         return pos + 16
@@ -358,6 +365,9 @@ class _StructuredCodec(Codec):
         # DONE (1) and OFFSET_DATA (1) in one go: this is the hot one.
         STRUCTURED_DATA.pack_into(buffer, pos, MAGIC_STRUCTURED_REPLY, 1, 1, cookie, length + 8, offset)
         return pos + 28
+
+    def pack_read_header(self, cookie: int, offset: int, length: int) -> bytes:
+        return STRUCTURED_DATA.pack(MAGIC_STRUCTURED_REPLY, 1, 1, cookie, length + 8, offset)
 
     def pack_done_into(self, buffer: WritableBuffer, pos: int, cookie: int, offset: int) -> int:
         STRUCTURED_CHUNK.pack_into(
@@ -395,6 +405,9 @@ class _ExtendedCodec(_StructuredCodec):
     ) -> int:
         EXTENDED_DATA.pack_into(buffer, pos, MAGIC_EXTENDED_REPLY, 1, 1, cookie, offset, length + 8, offset)
         return pos + 40
+
+    def pack_read_header(self, cookie: int, offset: int, length: int) -> bytes:
+        return EXTENDED_DATA.pack(MAGIC_EXTENDED_REPLY, 1, 1, cookie, offset, length + 8, offset)
 
     def pack_done_into(self, buffer: WritableBuffer, pos: int, cookie: int, offset: int) -> int:
         EXTENDED_CHUNK.pack_into(
