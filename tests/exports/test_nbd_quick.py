@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +124,7 @@ def test_a_client_that_takes_its_time_gets_every_byte(tmp_path: Path, mapped: li
         ranges = [(chance.randrange(480) * 4096, 28 * KIB) for _ in range(400)]
         transactions = peer.send_reads(ranges)
         while not any("waiting for the client" in line for line in server.server.status().splitlines()):
-            pass
+            time.sleep(0.001)
         for (offset, length), transaction in zip(ranges, transactions, strict=True):
             assert peer.collect(transaction).data == content[offset : offset + length]
     assert max(mapped) > 64
@@ -144,7 +146,7 @@ def test_a_file_that_is_cut_short_while_it_is_mapped(tmp_path: Path, slow: bool,
             ranges = [(n * 16 * KIB, 16 * KIB) for n in range(256)]
             transactions = peer.send_reads(ranges)
             while not any("waiting for the client" in line for line in server.server.status().splitlines()):
-                pass
+                time.sleep(0.001)
             os.truncate(path, MIB)
             answers = [bytes(peer.collect(transaction).data) for transaction in transactions]
             assert answers[:64] == [content[at : at + n] for at, n in ranges[:64]]
@@ -243,6 +245,32 @@ def test_what_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert not export.ServedExport(door).pages()
     direct = open_disk(path, format="raw", writable=False, cache="none")
     assert not export.ServedExport(direct).pages()
+
+
+def resident(path: Path) -> int:
+    """Bytes of a mapped file that count as memory of this process."""
+    entries = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    sizes = [re.search(r"Rss: +(\d+) kB", entry) for entry in entries if str(path) in entry]
+    return sum(int(size[1]) * KIB for size in sizes if size)
+
+
+def test_what_is_mapped_does_not_count_for_ever(
+    tmp_path: Path, mapped: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, content = tmp_path / "d.raw", pattern(16 * MIB)
+    path.write_bytes(content)
+    door = open_disk(path, format="raw", writable=False)
+    everything = [(n * 64 * KIB, 4096) for n in range(256)]
+    with serving(door, folder=tmp_path) as server, server.peer() as peer:
+        for _ in range(3):
+            peer.read_together(everything)
+        before = resident(path)
+        assert mapped and before >= 8 * MIB and host.resident_pages() > before
+        monkeypatch.setattr(export, "MOST_RESIDENT", before // 2)
+        contents = peer.read_together(everything)
+        peer.read(0, 4096)
+        assert contents == [content[at : at + n] for at, n in everything]
+        assert resident(path) <= before // 2
 
 
 def test_a_served_file_is_free_again_at_the_end(tmp_path: Path, mapped: list[int]) -> None:

@@ -188,11 +188,25 @@ def map_file(fd: int, most: int) -> memoryview:
         return memoryview(b"")
 
 
+def leave_mapped(view: memoryview) -> None:
+    """Have what was used of a mapped file no longer count as this process's memory. It can be used on."""
+    import mmap
+
+    if isinstance(view.obj, mmap.mmap):
+        view.obj.madvise(mmap.MADV_DONTNEED)
+
+
 def page_faults() -> int:
     """How often this thread had to wait for the medium because it used mapped memory; see HAVE_FAULTS."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
+
+
+def resident_pages() -> int:
+    """Bytes of files, mapped or shared, that count as memory of this process; see HAVE_FAULTS."""
+    with open("/proc/self/statm", "rb", buffering=0) as file:
+        return int(file.read(256).split()[2]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @interruptible

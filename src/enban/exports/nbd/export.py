@@ -7,7 +7,7 @@ import threading
 from ...block.runtime import drive
 from ...errors import UsageError
 from ...extent import COMPRESSED, DATA, UNALLOCATED, ZERO
-from ...storage.host import map_file, will_need
+from ...storage.host import leave_mapped, map_file, resident_pages, will_need
 from ...units import align_down, align_up
 from ...wire.nbd import Export
 from ...wire.nbd.constants import (
@@ -48,6 +48,9 @@ MOST_STEPS = 1 << 16
 
 # Larger files are not mapped to memory: the tables for it take up to one byte for 512 of the file.
 MOST_MAPPED = 64 << 30
+# What was used of a mapped file counts as memory of this process, and who has most is ended first when a
+# machine has none left: from this size on we have it not count any more.
+MOST_RESIDENT = 2 << 30
 
 
 class ServedExport:
@@ -105,6 +108,11 @@ class ServedExport:
                 fd = self.door.node.data.plain_fd()
                 self._pages = map_file(fd, MOST_MAPPED) if fd >= 0 else memoryview(b"")
             return self._pages
+
+    def bound_pages(self) -> None:
+        """To be called every few hundred reads from mapped memory."""
+        if self._pages and resident_pages() > MOST_RESIDENT:
+            leave_mapped(self._pages)
 
     def release(self) -> None:
         """Let go of the file, when the last client is gone; a mapping would keep it open, and locked."""

@@ -10,6 +10,8 @@ Two sorts of requests are answered here:
 have found their data in the page cache, and only where a place in it keeps its meaning
 (`ServedExport.stable`). Data that are not there after all are met as page faults that had to wait;
 then reads go the other way again for a while, where many of them can wait at a time.
+Only the host touches mapped memory, never this process: so memory that is not there is an error of the call
+(EFAULT), not a signal.
 
 A batch is in the ledger while the node is asked for places and while its replies go out as far as the client
 has room for them; never while the client is waited for.
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 LARGE = 32 << 10  # reads from this size on are worth calls of their own
 CALM = 256  # reads in a row found in the page cache before the file is mapped
 _MOST_CALM = 1 << 16  # the same, after it was in vain a few times
-_LOOK_EVERY = 64  # reads between two looks at the page faults
+_LOOK_EVERY = 256  # reads between two looks at the page faults
 _MOST_PARTS = 1024  # sent by one call (IOV_MAX)
 
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0) if host.HAVE_PREADV else 0
@@ -188,6 +190,7 @@ class QuickAnswers:
             before, self._faults, self._unlooked = self._faults, host.page_faults(), 0
             if self._faults > before:
                 self._unlearn()
+            export.bound_pages()
         return others
 
     def _give_up(self) -> None:
