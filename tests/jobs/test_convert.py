@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -307,9 +308,9 @@ def test_resume_goes_on_where_it_was(tmp_path: Path, source: Path, number: int) 
     process = slow_convert(source, target, "--resume", "-m", "1")
     deadline = time.monotonic() + 30
     journal = tmp_path / "image.qcow2.enban-journal"
-    while not journal.exists() and time.monotonic() < deadline:
+    while not (journal.exists() and json.loads(journal.read_text())["position"]):
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(0.4)
     process.send_signal(number)
     process.communicate(timeout=30)
     assert not target.exists() and journal.exists()
