@@ -9,7 +9,7 @@ Two sorts of requests are answered here:
 `Transmission` answers all others. A file is mapped once a number of reads in a row
 have found their data in the page cache, and only where a place in it keeps its meaning
 (`ServedExport.stable`). Data that are not there after all are met as page faults that had to wait;
-then reads go the other way again for a while, where many of them can wait at a time.
+if they are many, reads go the other way again for a while, where many of them can wait at a time.
 Only the host touches mapped memory, never this process: so memory that is not there is an error of the call
 (EFAULT), not a signal.
 
@@ -42,6 +42,7 @@ LARGE = 32 << 10  # reads from this size on are worth calls of their own
 CALM = 256  # reads in a row found in the page cache before the file is mapped
 _MOST_CALM = 1 << 16  # the same, after it was in vain a few times
 _LOOK_EVERY = 256  # reads between two looks at the page faults
+_FEW = 64  # one read in so many may have to wait for the medium
 _MOST_PARTS = 1024  # sent by one call (IOV_MAX)
 
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0) if host.HAVE_PREADV else 0
@@ -187,9 +188,10 @@ class QuickAnswers:
         transmission.batch = []
         self._unlooked += done
         if self._unlooked >= _LOOK_EVERY:
-            before, self._faults, self._unlooked = self._faults, host.page_faults(), 0
-            if self._faults > before:
+            before, self._faults = self._faults, host.page_faults()
+            if (self._faults - before) * _FEW > self._unlooked:
                 self._unlearn()
+            self._unlooked = 0
             export.bound_pages()
         return others
 
