@@ -247,6 +247,20 @@ def test_what_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert not export.ServedExport(direct).pages()
 
 
+def test_a_disk_that_was_closed_is_not_read(tmp_path: Path, mapped: list[int]) -> None:
+    path = tmp_path / "d.raw"
+    path.write_bytes(pattern(MIB))
+    door = open_disk(path, format="raw", writable=False)
+    with serving(door, folder=tmp_path) as server, server.peer() as peer:
+        for _ in range(4):
+            peer.read(0, 4096)
+        assert mapped
+        drive(door.close())
+        done = door.ledger.done
+        assert peer.try_ask(c.CMD_READ, 0, 4096).error
+        assert door.ledger.done == done
+
+
 def resident(path: Path) -> int:
     """Bytes of a mapped file that count as memory of this process."""
     entries = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())

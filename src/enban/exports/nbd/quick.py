@@ -141,7 +141,7 @@ class QuickAnswers:
         parts: list[bytes | bytearray | memoryview] = []
         others: list[ParsedRequest] = []
         add, leave = parts.append, others.append
-        total = sent = 0
+        done = total = sent = 0
         transmission.since_ns = perf_counter_ns()
         transmission.batch = batch
         self._threads.busy.add(transmission)
@@ -175,8 +175,8 @@ class QuickAnswers:
                         raise
                     self._give_up()
                     others, total = batch, 0
-        finally:
             done = len(batch) - len(others)
+        finally:
             ledger.end_batch(entry, done)
             self._threads.busy.discard(transmission)
         transmission.answered += done
