@@ -47,12 +47,10 @@ class Watched:
 def watch(monkeypatch: pytest.MonkeyPatch, kind: type[Watched]) -> list[int]:
     """Have files mapped at once; how many reads of each batch were sent from mapped memory."""
     sent: list[int] = []
-    make = quick.QuickAnswers.__init__
+    make: Any = quick.QuickAnswers.__init__
 
-    def make_watched(
-        self: quick.QuickAnswers, transmission: Any, sock: Any, *rest: Any, **options: Any
-    ) -> None:
-        make(self, transmission, kind(sock, sent), *rest, **options)  # type: ignore[arg-type]
+    def make_watched(self: quick.QuickAnswers, transmission: Any, sock: Any, *rest: Any) -> None:
+        make(self, transmission, kind(sock, sent), *rest)
 
     monkeypatch.setattr(quick, "CALM", 1)
     monkeypatch.setattr(quick.QuickAnswers, "__init__", make_watched)

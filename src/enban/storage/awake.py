@@ -51,13 +51,12 @@ class KeepAwake:
             self._hold()
 
     def close(self) -> None:
-        self._end.set()
-        thread = self._thread
+        with self._guard:  # from here on nobody holds them awake anew
+            self._end.set()
+            thread = self._thread
         if thread is not None:
             thread.join()
-        with self._guard:
-            fd, self._fd = self._fd, -1
-        os.close(fd)
+        os.close(self._fd)
 
     def _tell(self, latency: bytes) -> None:
         try:

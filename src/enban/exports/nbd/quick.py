@@ -6,10 +6,10 @@ Two sorts of requests are answered here:
   socket by one call for all of them;
 - a single plain read or write, by one call for its data and one for its reply.
 
-`Transmission` answers all others. A file is mapped once a number of reads in a row
-have found their data in the page cache, and only where a place in it keeps its meaning
-(`ServedExport.stable`). Data that are not there after all are met as page faults that had to wait;
-if they are many, reads go the other way again for a while, where many of them can wait at a time.
+`Transmission` answers all others, and all of a server that writes a trace. A file is mapped once a number of
+reads in a row have found their data in the page cache, and only where a place in it keeps its meaning
+(`ServedExport.stable`). Data that are not there after all are met as page faults that had to wait; if they
+are many, reads go the other way again for a while, where many of them can wait at a time.
 Only the host touches mapped memory, never this process: so memory that is not there is an error of the call
 (EFAULT), not a signal.
 
@@ -45,7 +45,7 @@ _LOOK_EVERY = 256  # reads between two looks at the page faults
 _FEW = 64  # one read in so many may have to wait for the medium
 _MOST_PARTS = 1024  # sent by one call (IOV_MAX)
 
-_NOWAIT = getattr(os, "RWF_NOWAIT", 0) if host.HAVE_PREADV else 0
+NOWAIT = getattr(os, "RWF_NOWAIT", 0) if host.HAVE_PREADV else 0
 _DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 
 
@@ -75,8 +75,6 @@ class QuickAnswers:
         export: ServedExport,
         incoming: Incoming,
         threads: Threads,
-        *,
-        traced: bool,
     ) -> None:
         self._transmission = transmission
         self._sock = sock
@@ -86,10 +84,10 @@ class QuickAnswers:
         self._incoming = incoming
         self._threads = threads
         self._dontwait = 0 if session.tls else _DONTWAIT
-        self._nowait = _NOWAIT
+        self._nowait = NOWAIT
         self._mask = (session.export.min_block or 1) - 1
         most = min(session.max_payload, session.export.max_block or session.max_payload)
-        self._most = most if host.HAVE_PREADV and not traced else 0
+        self._most = most if host.HAVE_PREADV else 0
         self._most_read = min(self._most, LARGE - 1)
         self._write_flags = CMD_FLAG_PAYLOAD_LEN if session.style == EXTENDED else 0
         self._may_write = not export.read_only and not self._door.writethrough

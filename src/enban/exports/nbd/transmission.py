@@ -2,7 +2,8 @@
 
     receive            as much as there is, behind what is left of the last time
     parse              every complete request in it
-    answer             each straight into the reply buffer:
+    answer             small cached reads, and single requests, the quick way: see `quick`
+                       the others straight into the reply buffer:
                          the hot ones by the node's short cuts: map, one preadv or pwrite;
                          whatever is not hot and obviously fine, through the door
     send               all replies at once
@@ -52,7 +53,7 @@ from ...wire.nbd.constants import (
 from ...wire.nbd.errors import message_bytes, number_for
 from ...wire.nbd.messages import MAX_ERROR_REPLY, parse_status_payload
 from .incoming import BUFFER, Incoming, new_buffer
-from .quick import LARGE, QuickAnswers, overwrite
+from .quick import LARGE, NOWAIT, QuickAnswers, overwrite
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -69,7 +70,6 @@ if TYPE_CHECKING:
 SEND_AT = 256 << 10
 _REPLY_ROOM = 64 + MAX_ERROR_REPLY  # what a reply needs besides its data, and an error reply at all
 
-_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 _MORE = getattr(socket, "MSG_MORE", 0)
 
 
@@ -82,7 +82,7 @@ _give_way = getattr(os, "sched_yield", _stay)
 
 def _is_cached(fd: int, place: int) -> bool:
     try:
-        return os.preadv(fd, (bytearray(1),), place, _NOWAIT) == 1
+        return os.preadv(fd, (bytearray(1),), place, NOWAIT) == 1
     except OSError:
         return False
 
@@ -118,13 +118,11 @@ class Transmission:
         self._incoming = Incoming(sock, session, leftover, spin_us, threads)
         self._out = new_buffer(BUFFER)
         self._pos = 0  # end of the replies in _out
-        self._nowait = _NOWAIT if host.HAVE_PREADV else 0
+        self._nowait = NOWAIT
         self._by_page = bool(self._nowait and export.stable and not session.tls and hasattr(os, "sendfile"))
         self._pages = -1  # a descriptor of our own for what is sent outside the ledger
         self._mask = (session.export.min_block or 1) - 1
-        self._quick = QuickAnswers(
-            self, sock, session, export, self._incoming, threads, traced=trace is not None
-        )
+        self._quick = QuickAnswers(self, sock, session, export, self._incoming, threads)
         self._entry: Request | None = None
         self._hot = 0  # answered by short cuts since _entry was made
         self._leaving = False
