@@ -110,6 +110,18 @@ def test_a_batch_ends_once() -> None:
     assert ledger.done == 5
 
 
+def test_an_entry_of_a_batch_that_is_used_again_is_as_new() -> None:
+    ledger = Ledger(BLOCKING)
+    first = ledger.begin_batch()
+    number, began = first.number, first.started_ns
+    ledger.end_batch(first, 5)
+    again = ledger.begin_batch(first)
+    assert again is first and again.number == number + 1 and again.started_ns > began
+    assert again.state == requests.IN_FLIGHT and ledger.in_flight == [again]
+    ledger.end_batch(again, 1)
+    assert ledger.done == 6 and books_balance(ledger)
+
+
 def test_cancelled_drain_leaves_no_trace() -> None:
     async def scenario() -> None:
         ledger = Ledger(AsyncioRuntime(1))

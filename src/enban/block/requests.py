@@ -100,15 +100,20 @@ class Ledger:
             request = self._active[number] = Request(number, operation, offset, length)
         return request
 
-    def begin_batch(self) -> Request:
+    def begin_batch(self, batch: Request | None = None) -> Request:
         """From here to `end_batch` the caller answers requests by the node's short cuts: what
         `locate` and `locate_write` tell it in between stays in place. Requests of the batch
-        that pass the door after all are entered there like any other."""
-        with self._guard:
-            self.newest = number = self.newest + 1
-            batch = self._active[number] = Request(number, BATCH, 0, 0)
-            self._batches += 1
+        that pass the door after all are entered there like any other. batch: one that has
+        ended, to be used again."""
+        if batch is None:
+            batch = Request(0, BATCH, 0, 0)
+        else:
+            batch.started_ns = perf_counter_ns()
         batch.state = IN_FLIGHT
+        with self._guard:
+            self.newest = batch.number = self.newest + 1
+            self._active[batch.number] = batch
+            self._batches += 1
         return batch
 
     def end_batch(self, batch: Request, done: int) -> None:

@@ -181,7 +181,7 @@ class Connection:
         transmission = self.transmission
         if transmission is None or self.export is None:
             return [f"{self.peer}: in the handshake for {monotonic() - self.since:.1f} s"]
-        batch, current = transmission.batch, transmission.current
+        batch, current = transmission.in_flight(), transmission.current
         line = f"{self.peer}: export '{self.export.name}', {transmission.answered} requests answered"
         if not batch:
             return [f"{line}, idle"]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-
 from ...block.runtime import drive
 from ...errors import UsageError
 from ...extent import COMPRESSED, DATA, UNALLOCATED, ZERO
-from ...storage.host import leave_mapped, map_file, resident_pages, will_need
+from ...storage.host import will_need
 from ...units import align_down, align_up
 from ...wire.nbd import Export
 from ...wire.nbd.constants import (
@@ -24,6 +22,7 @@ from ...wire.nbd.constants import (
     STATE_HOLE,
     STATE_ZERO,
 )
+from .mapped import MappedReads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,19 +45,13 @@ STATE_DIRTY = 1  # flag of a bitmap's context
 MOST_EXTENTS = 1 << 14
 MOST_STEPS = 1 << 16
 
-# Larger files are not mapped to memory: the tables for it take up to one byte for 512 of the file.
-MOST_MAPPED = 64 << 30
-# What was used of a mapped file counts as memory of this process, and who has most is ended first when a
-# machine has none left: from this size on we have it not count any more.
-MOST_RESIDENT = 2 << 30
-
 
 class ServedExport:
     """A disk behind its door, as it is offered to clients.
 
     name: "" is the default export. base, size: the slice, in bytes.
     bitmaps: names of the dirty bitmaps that clients can ask for, as contexts of their own.
-    clients: how many connections have entered it.
+    mapped: the connections that only read, answered from the file's pages.
     stable: whether a place in the image's file keeps its meaning while the export lives. Replies may then
         refer to the pages of the file: a write that comes before the client has read its reply is one
         that the read overlapped, but never bytes that belong to another part of the disk.
@@ -95,29 +88,8 @@ class ServedExport:
         self.size = room if size is None else size
         self.read_only = read_only or not door.writable
         self.stable = not door.writable or door.node.format == "raw"
-        self.clients = 0
         self._multi_conn = multi_conn
-        self._pages: memoryview | None = None
-        self._guard = threading.Lock()
-
-    def pages(self) -> memoryview:
-        """The image's file mapped to memory, for reading, once for all clients. Empty where there is none,
-        or it is no regular file, or larger than MOST_MAPPED."""
-        with self._guard:
-            if self._pages is None:
-                fd = self.door.node.data.plain_fd()
-                self._pages = map_file(fd, MOST_MAPPED) if fd >= 0 else memoryview(b"")
-            return self._pages
-
-    def bound_pages(self) -> None:
-        """To be called every few hundred reads from mapped memory."""
-        if self._pages and resident_pages() > MOST_RESIDENT:
-            leave_mapped(self._pages)
-
-    def release(self) -> None:
-        """Let go of the file, when the last client is gone; a mapping would keep it open, and locked."""
-        with self._guard:
-            self._pages = memoryview(b"")
+        self.mapped = MappedReads(self)
 
     def follow_disk(self) -> None:
         """Take the size that the disk has now, if its end is the export's. Clients do not notice."""

@@ -45,6 +45,9 @@ class Threads:
         self.busy: set[object] = set()
         self.most = max(0, (os.cpu_count() or 1) - 1)
 
+    def may_spin(self) -> bool:
+        return not self.busy and len(self.spinning) < self.most
+
 
 class Incoming:
     """buffer[start:end] is what was received and not taken yet."""
@@ -98,7 +101,7 @@ class Incoming:
     def _spin(self, view: memoryview, flags: int) -> int:
         """Receive, with looking first if that pays. flags: for the case that it does not."""
         threads, busy_poll = self._threads, self._busy_poll
-        if busy_poll.pays() and not threads.busy and len(threads.spinning) < threads.most:
+        if busy_poll.pays() and threads.may_spin():
             threads.spinning.add(self)
             poll, busy = self._poll, threads.busy
             until = perf_counter_ns() + busy_poll.length_ns

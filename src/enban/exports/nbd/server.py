@@ -165,7 +165,7 @@ class Server:
                 listener.close()
             self._drain()
             for export in self.exports.values():
-                export.release()
+                export.mapped.release()
             self._wake_receiver.close()
             self._wake_sender.close()
 

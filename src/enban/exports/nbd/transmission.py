@@ -122,7 +122,7 @@ class Transmission:
         self._by_page = bool(self._nowait and export.stable and not session.tls and hasattr(os, "sendfile"))
         self._pages = -1  # a descriptor of our own for what is sent outside the ledger
         self._mask = (session.export.min_block or 1) - 1
-        self._quick = QuickAnswers(self, sock, session, export, self._incoming, threads)
+        self._quick = QuickAnswers(self, sock, session, export, self._incoming, threads, spin_us=spin_us)
         self._entry: Request | None = None
         self._hot = 0  # answered by short cuts since _entry was made
         self._leaving = False
@@ -153,8 +153,14 @@ class Transmission:
                     if others:
                         self._answer(others)
                     _give_way()  # clients that wait for a processor go on; their next requests come together
+            elif self._quick.calm and need == self._codec.request_size:
+                self._quick.take_part()
             elif not incoming.receive(need):
                 return
+
+    def in_flight(self) -> list[ParsedRequest]:
+        """The requests that were received and are not answered yet. From any thread."""
+        return self.batch or self._quick.in_flight()
 
     # -- a batch ---------------------------------------------------------------------------
 

@@ -40,6 +40,7 @@ from struct import Struct
 
 from .constants import (
     CMD_FLAG_PAYLOAD_LEN,
+    CMD_READ,
     CMD_WRITE,
     EXTENDED,
     MAGIC_EXTENDED_REPLY,
@@ -75,6 +76,8 @@ if TYPE_CHECKING:
 
 COMPACT_REQUEST = Struct(">IHHQQI")
 EXTENDED_REQUEST = Struct(">IHHQQQ")
+COMPACT_GLANCE = Struct(">QQQI")  # the same with magic, flags and type in one number
+EXTENDED_GLANCE = Struct(">QQQQ")
 SIMPLE_REPLY = Struct(">IIQ")
 STRUCTURED_CHUNK = Struct(">IHHQI")
 EXTENDED_CHUNK = Struct(">IHHQQQ")
@@ -245,6 +248,11 @@ class Codec:
     parse_requests = staticmethod(parse_requests)
     pack_request_into = staticmethod(pack_request_into)
 
+    # A request whose kind is seen at a glance: (kind, cookie, offset, length) at an index of a buffer, and
+    # the kind of a READ without flags.
+    unpack_glance = staticmethod(COMPACT_GLANCE.unpack_from)
+    plain_read = MAGIC_REQUEST << 32 | CMD_READ
+
     def pack_read_header_into(
         self, buffer: WritableBuffer, pos: int, cookie: int, offset: int, length: int
     ) -> int:
@@ -399,6 +407,8 @@ class _ExtendedCodec(_StructuredCodec):
 
     parse_requests = staticmethod(parse_extended_requests)
     pack_request_into = staticmethod(pack_extended_request_into)
+    unpack_glance = staticmethod(EXTENDED_GLANCE.unpack_from)
+    plain_read = MAGIC_EXTENDED_REQUEST << 32 | CMD_READ
 
     def pack_read_header_into(
         self, buffer: WritableBuffer, pos: int, cookie: int, offset: int, length: int
