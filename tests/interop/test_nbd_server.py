@@ -230,6 +230,42 @@ def test_slice_and_read_only(tmp_path: Path) -> None:
         assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
 
 
+@needs_nbdinfo
+@needs_nbdcopy
+@needs_qemu_img
+@needs_qemu_io
+def test_simple_replies_alone(tmp_path: Path) -> None:
+    content = os.urandom(8 * MIB) + bytes(8 * MIB)
+    source, out, copy = tmp_path / "source.raw", tmp_path / "out.raw", tmp_path / "copy.qcow2"
+    source.write_bytes(content)
+    disk = make_qcow2(tmp_path / "d.qcow2", 16 * MIB)
+    with serve(tmp_path, "--no-sr", disk) as service:
+        run("nbdcopy", "--flush", source, service.uri)
+        described = json.loads(run("nbdinfo", "--json", service.uri))
+        (export,) = described["exports"]
+        assert described["structured"] is False and export["can_df"] is False
+        assert "contexts" not in export
+        assert "metadata context" in run("nbdinfo", "--map", service.uri, ok=False)
+        qemu_io(service.uri, "write -P 9 1M 4k", "read -P 9 1M 4k", options=RAW)
+        assert json.loads(run(*command("map", "--output=json", service.uri)))[0]["length"] == 16 * MIB
+    content = content[:MIB] + b"\t" * 4 * KIB + content[MIB + 4 * KIB :]
+    with serve(tmp_path, "-r", "--no-structured-replies", disk) as service:
+        # Small pieces, one after another: these are sent from mapped memory after a while.
+        run("nbdcopy", "--request-size=4096", "--requests=4", "--no-extents", service.uri, out)
+        assert out.read_bytes() == content
+        qemu_img("compare", *RAW, "-F", "qcow2", service.uri, disk)
+        run(*command("convert", "-O", "qcow2", service.uri, copy))
+    qemu_img("compare", "-f", "raw", "-F", "qcow2", out, copy)
+    qemu_check(disk)
+    done = subprocess.run(
+        command("serve", "--no-sr", "-B", "b", disk), capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "enban: --bitmap needs structured replies; leave out --no-structured-replies or --bitmap"
+    ]
+
+
 # -- fio ---------------------------------------------------------------------------------------
 
 

@@ -103,7 +103,8 @@ class Connection:
     def _handshake(self) -> ServerHandshake:
         server = self.server
         deadline = monotonic() + server.handshake_s
-        handshake = ServerHandshake(tls=TLS_REQUIRED if server.tls is not None else TLS_OFF)
+        tls = TLS_REQUIRED if server.tls is not None else TLS_OFF
+        handshake = ServerHandshake(tls=tls, style=server.style)
         while True:
             try:
                 event = handshake.next_event()

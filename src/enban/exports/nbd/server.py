@@ -16,6 +16,7 @@ import socket
 import threading
 from time import monotonic
 
+from ...wire.nbd.constants import EXTENDED
 from .connection import Connection
 from .incoming import SPIN_US, Threads
 
@@ -36,8 +37,8 @@ _STATUS, _WAKE = b"s", b"w"
 class Server:
     """exports: by name. shared: how many clients at once; others wait to be let in.
 
-    idle_s: end when there has been no client for so long; 0 is never. awake: keeps processors from sleeping
-    while clients are quick.
+    idle_s: end when there has been no client for so long; 0 is never. style: the best message style that
+    clients are offered (`ServerHandshake`). awake: keeps processors from sleeping while clients are quick.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Server:
         idle_s: float = 0,
         grace_s: float = GRACE_S,
         spin_us: int = SPIN_US,
+        style: int = EXTENDED,
         awake: KeepAwake | None = None,
         trace: Trace | None = None,
         log: Callable[[str], None] = lambda text: None,
@@ -63,6 +65,7 @@ class Server:
         self.idle_s = idle_s
         self.grace_s = grace_s
         self.spin_us = spin_us
+        self.style = style
         self.threads = Threads(awake)
         self.trace = trace
         self.log = log

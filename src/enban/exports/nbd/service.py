@@ -12,7 +12,7 @@ import os
 import tempfile
 
 from ...errors import UsageError
-from ...wire.nbd.constants import DEFAULT_PORT, MAX_STRING
+from ...wire.nbd.constants import DEFAULT_PORT, EXTENDED, MAX_STRING, SIMPLE
 from .. import process, sockets
 from ..process import Wanted, catch_signals, keep_signal_handlers, open_wanted, remove_file, write_pid
 from .export import ServedExport
@@ -36,6 +36,8 @@ class Settings(process.Settings):
     shared: clients at once, 0 for any number. tls_dir: certificates (see storage.tls); "" is plain.
     tls_verify: turn away clients without a certificate of our CA. idle_s: end after so long without a
     client, 0 never. keep_awake: keep the host's processors from sleeping while clients are quick.
+    structured_replies: offer them, and extended headers; without, replies are simple ones, and clients
+    cannot ask where data are.
     """
 
     def __init__(self) -> None:
@@ -51,6 +53,7 @@ class Settings(process.Settings):
         self.handshake_s = float(HANDSHAKE_S)
         self.grace_s = float(GRACE_S)
         self.keep_awake = False
+        self.structured_replies = True
         self.trace = ""
 
 
@@ -102,6 +105,7 @@ def serve(
             idle_s=settings.idle_s,
             grace_s=settings.grace_s,
             spin_us=settings.spin_us,
+            style=EXTENDED if settings.structured_replies else SIMPLE,
             awake=awake,
             trace=trace,
             log=log,
