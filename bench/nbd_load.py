@@ -25,7 +25,8 @@ RUN_S = 2
 @dataclass(frozen=True, slots=True)
 class Work:
     """fio: its job. on: "image" (read only), "copy" or "new" (an empty image of 16 GiB). cold: not in the
-    page cache. flags: more for enban serve. The job "" is nbdcopy of the whole image, once."""
+    page cache; otherwise all of it is. flags: more for enban serve. The job "" is nbdcopy of the whole image,
+    once."""
 
     fio: str
     on: str = "image"
@@ -33,18 +34,26 @@ class Work:
     flags: tuple[str, ...] = ()
 
 
+_READ_1 = "--rw=randread --bs=4k --iodepth=1"
+_WRITE_1 = "--rw=randwrite --bs=4k --iodepth=1"
+_READ_32 = "--rw=randread --bs=4k --iodepth=32"
+_READ_4X32 = f"{_READ_32} --numjobs=4 --thread"
+
 WORKS = {
-    "randread-32": Work("--rw=randread --bs=4k --iodepth=32"),
+    "randread-32": Work(_READ_32),
     "randwrite-32": Work("--rw=randwrite --bs=4k --iodepth=32", on="copy"),
     "allocate-32": Work("--rw=randwrite --bs=4k --iodepth=32 --size=16g", on="new"),
-    "randread-1": Work("--rw=randread --bs=4k --iodepth=1"),
-    "randwrite-1": Work("--rw=randwrite --bs=4k --iodepth=1", on="copy"),
-    "randread-1-awake": Work("--rw=randread --bs=4k --iodepth=1", flags=("--keep-awake",)),
-    "randwrite-1-awake": Work("--rw=randwrite --bs=4k --iodepth=1", on="copy", flags=("--keep-awake",)),
+    "randread-1": Work(_READ_1),
+    "randwrite-1": Work(_WRITE_1, on="copy"),
+    "randread-1-awake": Work(_READ_1, flags=("--keep-awake",)),
+    "randwrite-1-awake": Work(_WRITE_1, on="copy", flags=("--keep-awake",)),
+    "randread-32-simple": Work(_READ_32, flags=("--no-sr",)),
+    "randread-1-simple": Work(_READ_1, flags=("--no-sr",)),
+    "randread-4x32-simple": Work(_READ_4X32, flags=("--no-sr",)),
     "read-256k": Work("--rw=read --bs=256k --iodepth=8"),
     "write-256k": Work("--rw=write --bs=256k --iodepth=8", on="copy"),
-    "randread-4x32": Work("--rw=randread --bs=4k --iodepth=32 --numjobs=4 --thread"),
-    "cold-32": Work("--rw=randread --bs=4k --iodepth=32", cold=True),
+    "randread-4x32": Work(_READ_4X32),
+    "cold-32": Work(_READ_32, cold=True),
     "nbdcopy": Work(""),
 }
 
@@ -96,12 +105,31 @@ def prepare(work: Work, image: Path, room: Path) -> Path:
         disk = image.with_name("nbd-" + image.name)
         if not disk.exists():
             shutil.copyfile(image, disk)
+            forget(disk)
+        # In single pages, as small writes leave it: in a larger one each of them is searched for its block.
+        read_all(disk, os.POSIX_FADV_RANDOM)
         return disk
     if work.cold:
-        with image.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        forget(image)
+    else:
+        read_all(image)
     return image
+
+
+def forget(path: Path) -> None:
+    """Have nothing of a file in the page cache."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_all(path: Path, advice: int = os.POSIX_FADV_NORMAL) -> None:
+    """Have the page cache hold all of a file: hosts take back what was not used for seconds."""
+    buffer = bytearray(1 << 20)
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, advice)
+        while file.readinto(buffer):
+            pass
 
 
 def load(work: Work, uri: str) -> float:

@@ -141,6 +141,9 @@ def test_the_goals_of_the_project_are_the_goals_of_the_bench() -> None:
         "nbd: 4k random write, depth 1": 2,
         "nbd: 4k random read, depth 1, --keep-awake (for root)": 2,
         "nbd: 4k random write, depth 1, --keep-awake (for root)": 2,
+        "nbd: 4k random read, depth 32, --no-sr": 2,
+        "nbd: 4k random read, depth 1, --no-sr": 2,
+        "nbd: 4k random read, 4 connections, depth 32, --no-sr": 2.5,
         "nbd: 256k sequential read, depth 8": 4,
         "nbd: 256k sequential write, depth 8": 2,
         "nbd: 4k random read, 4 connections, depth 32": 2.5,
@@ -155,6 +158,22 @@ def test_the_goals_of_the_project_are_the_goals_of_the_bench() -> None:
         "open meta-4G with snapshot=True, at most 5 ms": 1,
         "open meta-1T with snapshot=True, at most 5 ms": 1,
     }
+
+
+def test_a_list_that_nobody_reads_on_ends_quietly() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "bench", "--list"],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_growth_operations_are_well_formed() -> None:
