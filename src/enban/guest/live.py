@@ -84,13 +84,11 @@ async def _in_open_tray(machine: Machine, command: str, arguments: dict[str, str
 
 async def _let_go(machine: Machine, disc: GuestDisk) -> None:
     """Take back what an insertion had done before it failed, so that it can be tried again and again."""
-    for command, arguments in (
-        ("blockdev-remove-medium", {"id": DRIVE}),
-        ("blockdev-del", {"node-name": disc.id}),
-        ("blockdev-del", {"node-name": disc.node}),
-    ):
+    with contextlib.suppress(EnbanError):
+        await _in_open_tray(machine, "blockdev-remove-medium", {"id": DRIVE})
+    for node in (disc.id, disc.node):
         with contextlib.suppress(EnbanError):  # what it had not come to
-            await machine.execute(command, arguments)
+            await machine.execute("blockdev-del", {"node-name": node})
     machine.disk_set.withdraw_disc(disc)
 
 

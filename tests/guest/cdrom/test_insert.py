@@ -9,6 +9,7 @@ import pytest
 
 from enban.errors import PeerError
 from enban.guest import Machine, Settings
+from enban.guest.command import DRIVE
 from tests.guest.machines import boot_disk, run
 from tests.support import needs_qemu_system
 
@@ -17,7 +18,8 @@ from tests.support import needs_qemu_system
 def test_a_disc_that_cannot_be_inserted_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """QEMU refuses at any of the steps: the drive is empty, and the disc can be tried again."""
+    """QEMU refuses at any of the steps, and the guest closes the tray: the drive is empty, and the disc can
+    be tried again."""
     disk, disc = boot_disk(tmp_path / "boot", "raw"), tmp_path / "x.iso"
     disc.write_bytes(bytes(64 << 10))
 
@@ -33,6 +35,7 @@ def test_a_disc_that_cannot_be_inserted_leaves_nothing(
 
                 async def refusing(command: str, arguments: Any = None, step: str = step) -> Any:
                     if command == step:
+                        await execute("blockdev-close-tray", {"id": DRIVE})  # as a guest may, meanwhile
                         raise PeerError(f"QEMU refuses {command}")
                     return await execute(command, arguments)
 
