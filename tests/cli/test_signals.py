@@ -42,6 +42,14 @@ PROGRAM = textwrap.dedent("""
     """)
 
 
+def end_of(running: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
+    """What it has printed when it ends, which must be soon."""
+    try:
+        return running.communicate(timeout=60)
+    finally:
+        running.kill()
+
+
 @pytest.mark.parametrize(
     ("number", "name"),
     [
@@ -58,7 +66,7 @@ def test_no_lock_is_left_behind(number: int, name: str) -> None:
             assert running.stdout is not None
             assert running.stdout.read(5) == b"ready"
             running.send_signal(number)
-            out, err = running.communicate(timeout=60)
+            out, err = end_of(running)
         assert (out.decode(), err) == (f"{name} free\nsecond None\n", b"")
 
 
@@ -71,7 +79,7 @@ def test_an_engine_that_never_waits_is_interrupted_all_the_same() -> None:
         assert running.stdout is not None
         assert running.stdout.read(5) == b"ready"
         running.send_signal(signal.SIGTERM)
-        out, err = running.communicate(timeout=60)
+        out, err = end_of(running)
     assert out.decode().startswith("Terminated "), err
 
 
