@@ -467,7 +467,8 @@ def test_one_thread_leads_until_its_client_goes(
     door = raw_disk(tmp_path, pattern(MIB))
     with serving(door, folder=tmp_path) as server:
         peers = [server.peer() for _ in range(4)]
-        join(server, peers)
+        for number in range(4):
+            join(server, peers[: number + 1])  # one after the other: the first leads
         while peers:
             for peer in peers:
                 assert peer.read_together([(512, 4096)] * 4) == [pattern(MIB)[512:4608]] * 4

@@ -22,7 +22,7 @@ from tests.serial.boot_sector import GREETING, boot_sector
 from tests.serial.lines import Client, bridge, free_port, until
 from tests.support import needs_qemu_system
 
-ENOUGH = 100  # exchanges a second
+ENOUGH = 50  # exchanges a second; where something waits for a delayed ACK (40 ms) there are 25
 
 
 @contextmanager

@@ -46,7 +46,8 @@ class Faults:
 
     Of what the target sends: lose_byte, corrupt, truncate, drop, duplicate a data packet, `skip` of them
     first. Of what it hears: drop_acks, drop_break_ins, drop_requests (not even acknowledged), ignore_requests
-    (acknowledged, not answered). close_in: close the line in the middle of the so-manieth packet from now.
+    (acknowledged, not answered). close_in: close the line in the middle of the so-manieth packet from now;
+    those that are sent again do not count.
     bytes_per_s: a slow line. pieces: header, payload and trailer as writes of their own.
     """
 
@@ -238,11 +239,12 @@ class Target:
 
     def _send(self, kind: int, payload: bytes, *, forever: bool = False) -> bool:
         """Send until acknowledged. False: gave up, and both streams begin anew."""
-        tries = 0
+        tries, again = 0, False
         while True:
             packet = data_packet(kind, self.id_out, payload)
             self.sent[k.TYPE_NAMES[kind]] = self.sent.get(k.TYPE_NAMES[kind], 0) + 1
-            self._write_packet(packet)
+            self._write_packet(packet, again)
+            again = True
             heard = self._wait_for_ack()
             if heard == "ack":
                 self.id_out = next_id(self.id_out)
@@ -254,9 +256,9 @@ class Target:
                     self.id_out, self.id_in = k.INITIAL_ID | k.SYNC, k.INITIAL_ID
                     return False
 
-    def _write_packet(self, packet: bytes) -> None:
+    def _write_packet(self, packet: bytes, again: bool) -> None:
         faults = self.faults
-        if faults.close_in:
+        if faults.close_in and not again:
             faults.close_in -= 1
             if not faults.close_in:
                 faults.done.append("close_in")
