@@ -6,7 +6,16 @@ looks in vain end it, until something comes soon after all.
 
 from __future__ import annotations
 
+import os
+
 MOST_MISSES = 8
+
+
+def _stay() -> None:
+    pass
+
+
+give_way = getattr(os, "sched_yield", _stay)  # let others have this processor first, if any wait for it
 
 
 class BusyPoll:

@@ -19,7 +19,7 @@ import enban
 from enban.block.door import Door
 from enban.block.runtime import drive
 from enban.busy_poll import BusyPoll
-from enban.exports.nbd import ServedExport, quick
+from enban.exports.nbd import ServedExport, quick, reader
 from enban.exports.nbd import mapped as mapped_reads
 from enban.exports.nbd.mapped import MappedReads
 from enban.exports.nbd.places import Places
@@ -345,10 +345,49 @@ def test_what_is_mapped_does_not_count_for_ever(
         before = resident(path)
         assert mapped and before >= 8 * MIB and host.resident_pages() > before
         monkeypatch.setattr(mapped_reads, "MOST_RESIDENT", before // 2)
+        monkeypatch.setattr(mapped_reads, "_MEASURE_EVERY", MIB)
         contents = peer.read_together(everything)
         peer.read(0, 4096)
         assert contents == [content[at : at + n] for at, n in everything]
         assert resident(path) <= before // 2
+
+
+def test_memory_is_not_measured_for_every_read(
+    tmp_path: Path, mapped: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = 0
+
+    def watched() -> int:
+        nonlocal measured
+        measured += 1
+        return 0
+
+    monkeypatch.setattr(host, "resident_pages", watched)
+    monkeypatch.setattr(mapped_reads, "_LOOK_EVERY", 1)
+    monkeypatch.setattr(mapped_reads, "_MEASURE_EVERY", MIB)
+    door = raw_disk(tmp_path, pattern(MIB))
+    with serving(door, folder=tmp_path) as server, server.peer() as peer:
+        while sum(mapped) < 800:
+            peer.read(4096, 4096)
+    assert measured == 3  # once a MiB
+
+
+def test_requests_of_a_deep_queue_are_gathered(
+    tmp_path: Path, mapped: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in flight is found, and a part of it is waited for."""
+    monkeypatch.setattr(reader, "_NEXT_COUNT", 0)
+    monkeypatch.setattr(MappedReads, "_may_gather", lambda self, reader: True)
+    content = pattern(MIB)
+    door = raw_disk(tmp_path, content)
+    with serving(door, folder=tmp_path) as server, server.peer() as peer:
+        join(server, [peer])
+        (one,) = server.server.exports[""].mapped._readers.values()
+        assert one._enough == 0
+        assert peer.read_together([(at * 4096, 4096) for at in range(40)]) == [
+            content[at * 4096 : at * 4096 + 4096] for at in range(40)
+        ]
+        assert one._enough == 10
 
 
 @pytest.mark.parametrize("vanishes", [False, True])

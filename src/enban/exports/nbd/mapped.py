@@ -47,6 +47,7 @@ MOST_MAPPED = 64 << 30
 MOST_RESIDENT = 2 << 30
 
 _LOOK_EVERY = 256  # reads between two looks at the page faults
+_MEASURE_EVERY = 16 << 20  # bytes between two looks at the memory; up to 16 times as much is mapped for them
 _FEW = 64  # one read in so many may have to wait for the medium
 
 
@@ -66,6 +67,7 @@ class MappedReads:
         self._leader: Reader | None = None
         self._faults = 0
         self._unlooked = 0  # reads since the last look at the page faults
+        self._unmeasured = 0  # bytes since the last look at the memory
 
     def pages(self) -> memoryview:
         """The image's file, for reading, once for all clients. Empty where there is none, or it is no
@@ -206,6 +208,8 @@ class MappedReads:
             if n is None:
                 return False
             reader.incoming.end += n
+            if n and self._may_gather(reader):
+                reader.gather()
             stays = n > 0 and self._answer(reader)
         except Exception as error:  # raised in the reader's own thread; this one has others to serve
             reader.error = error
@@ -215,6 +219,11 @@ class MappedReads:
         if self._unlooked >= _LOOK_EVERY or not self._pages:
             self._look_at_pages()
         return True
+
+    def _may_gather(self, reader: Reader) -> bool:
+        """Not where clients may be waiting for this very processor, or others for this thread."""
+        threads = reader.threads
+        return reader.spin_us > 0 and len(self._readers) == 1 <= threads.most and not threads.busy
 
     def _send_on(self, reader: Reader) -> None:
         """There is room again for what is left to send."""
@@ -242,8 +251,10 @@ class MappedReads:
             for reader in list(self._readers.values()):
                 reader.cold = cold
                 self._leave(reader)
-        elif host.resident_pages() > MOST_RESIDENT:
-            host.leave_mapped(self._pages)
+        elif self._unmeasured >= _MEASURE_EVERY:
+            self._unmeasured = 0
+            if host.resident_pages() > MOST_RESIDENT:
+                host.leave_mapped(self._pages)
 
     def _answer(self, reader: Reader) -> bool:
         """Answer the requests that a reader has, up to the first that is not for us. False if there is
@@ -274,6 +285,7 @@ class MappedReads:
             busy.discard(reader)
         incoming.start = reader.past
         self._unlooked += done
+        self._unmeasured += total
         reader.transmission.answered += done
         if sent < total:
             reader.parts = parts

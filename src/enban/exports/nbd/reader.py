@@ -10,8 +10,10 @@ import errno
 import io
 import os
 import struct
+from time import perf_counter_ns
 
 from ...block.runtime import drive
+from ...busy_poll import give_way
 from ...wire.nbd import ProtocolError
 
 TYPE_CHECKING = False
@@ -30,6 +32,12 @@ if TYPE_CHECKING:
     Replies = Callable[[int, int], tuple[list[bytes | memoryview], int, int]]
 
 _MOST_REQUESTS = 512  # received at a time; their replies are sent by one call (IOV_MAX is twice that)
+
+# Of `Reader.gather`. A quarter of what is in flight: its replies are sent before the client has run dry.
+_LOOK_NS = 10_000  # between two looks
+_DEEP, _SHARE = 16, 4  # requests in flight that make it worth it, and which part of them is enough
+_NEXT_COUNT = 1024  # batches to the next count of what is in flight ...
+_IN_VAIN = 64  # ... each one where less came than expected brings it nearer by so many
 
 
 def nothing(start: int, end: int) -> tuple[list[bytes | memoryview], int, int]:
@@ -74,6 +82,8 @@ class Reader:
         self.replies: Replies = nothing
         self.first = self.past = 0  # buffer[first:past] are the requests that are being answered
         self._came = 0
+        self._enough = 0  # requests; `gather` wants so many
+        self._to_count = 0  # batches until it counts
 
     @property
     def answered(self) -> int:
@@ -104,6 +114,33 @@ class Reader:
         incoming.start, incoming.end = 0, rest
         self.room = incoming.buffer[rest : _MOST_REQUESTS * width]
         return True
+
+    def gather(self) -> None:
+        """Receive what comes in the next moments too, up to a part of what the client has in flight.
+
+        A client with many requests in flight sends the next ones while it takes its replies. If each is
+        answered at once, both sides make more calls, and get into each other's way at the socket. If all are
+        waited for, the client runs dry and falls asleep. How many it has is counted now and then: those
+        that have come when no more come.
+        """
+        self._to_count -= 1
+        counting = self._to_count < 0
+        enough = _MOST_REQUESTS if counting else self._enough
+        incoming, width = self.incoming, self.codec.request_size
+        more = True
+        while more and incoming.end < enough * width:
+            until = perf_counter_ns() + _LOOK_NS
+            while perf_counter_ns() < until:
+                give_way()
+            n = self.read_into(incoming.buffer[incoming.end : _MOST_REQUESTS * width])
+            incoming.end += n or 0
+            more = bool(n)
+        if counting:
+            in_flight = incoming.end // width
+            self._enough = in_flight // _SHARE if in_flight >= _DEEP else 0
+            self._to_count = _NEXT_COUNT
+        elif not more:
+            self._to_count -= _IN_VAIN
 
     def in_flight(self) -> list[ParsedRequest]:
         """What is being answered. From any thread."""

@@ -28,6 +28,7 @@ from time import perf_counter_ns
 
 from ...block import mover
 from ...block.runtime import drive
+from ...busy_poll import give_way
 from ...errors import EnbanError
 from ...storage import host
 from ...wire.nbd.constants import (
@@ -71,13 +72,6 @@ SEND_AT = 256 << 10
 _REPLY_ROOM = 64 + MAX_ERROR_REPLY  # what a reply needs besides its data, and an error reply at all
 
 _MORE = getattr(socket, "MSG_MORE", 0)
-
-
-def _stay() -> None:
-    pass
-
-
-_give_way = getattr(os, "sched_yield", _stay)
 
 
 def _is_cached(fd: int, place: int) -> bool:
@@ -152,7 +146,7 @@ class Transmission:
                     others = self._quick.answer(found) if self._trace is None else found
                     if others:
                         self._answer(others)
-                    _give_way()  # clients that wait for a processor go on; their next requests come together
+                    give_way()  # clients that wait for a processor go on; their next requests come together
             elif self._quick.calm and need == self._codec.request_size:
                 self._quick.take_part()
             elif not incoming.receive(need):
