@@ -91,7 +91,8 @@ class QuickAnswers:
         self._reader = Reader(
             transmission, sock, session.codec, incoming, threads, most=self._most_read, spin_us=spin_us
         )
-        self._may_map = bool(self._most and export.stable and self._dontwait and host.HAVE_FAULTS)
+        may_map = self._most and export.stable and self._dontwait and host.HAVE_FAULTS
+        self._may_map = bool(may_map and not self._mask)  # `mapped` does not look at how reads are aligned
         self._hot = 0  # reads in a row
         self._needed = CALM
         self._entry: Request | None = None  # the last one in the ledger
