@@ -239,12 +239,11 @@ class Target:
 
     def _send(self, kind: int, payload: bytes, *, forever: bool = False) -> bool:
         """Send until acknowledged. False: gave up, and both streams begin anew."""
-        tries, again = 0, False
+        tries, heard = 0, ""
         while True:
             packet = data_packet(kind, self.id_out, payload)
             self.sent[k.TYPE_NAMES[kind]] = self.sent.get(k.TYPE_NAMES[kind], 0) + 1
-            self._write_packet(packet, again)
-            again = True
+            self._write_packet(packet, again=bool(heard))
             heard = self._wait_for_ack()
             if heard == "ack":
                 self.id_out = next_id(self.id_out)
@@ -256,7 +255,7 @@ class Target:
                     self.id_out, self.id_in = k.INITIAL_ID | k.SYNC, k.INITIAL_ID
                     return False
 
-    def _write_packet(self, packet: bytes, again: bool) -> None:
+    def _write_packet(self, packet: bytes, *, again: bool) -> None:
         faults = self.faults
         if faults.close_in and not again:
             faults.close_in -= 1
